@@ -1,0 +1,56 @@
+"""saelab: train a model on preferences, find what the training changed feature by feature, and prove it by steering.
+
+Names load on first use, so ``import saelab`` costs neither torch nor transformer_lens.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from saelab.errors import SaelabError
+
+if TYPE_CHECKING:
+    from saelab.activations.capture import CacheConfig, capture
+    from saelab.activations.store import ActivationStore
+    from saelab.evals.reconstruction import evaluate
+    from saelab.features.index import FeatureIndex, build_index, load_index
+    from saelab.features.search import features_in_text
+    from saelab.interp.steering import Edit, steer
+    from saelab.models.load import Model, load_model
+    from saelab.sae.base import SAE
+    from saelab.sae.io import load_sae, save_sae
+    from saelab.train.loop import TrainConfig, train_sae
+
+_HOME = {
+    "load_model": "saelab.models.load",
+    "Model": "saelab.models.load",
+    "load_sae": "saelab.sae.io",
+    "save_sae": "saelab.sae.io",
+    "SAE": "saelab.sae.base",
+    "ActivationStore": "saelab.activations.store",
+    "CacheConfig": "saelab.activations.capture",
+    "capture": "saelab.activations.capture",
+    "TrainConfig": "saelab.train.loop",
+    "train_sae": "saelab.train.loop",
+    "evaluate": "saelab.evals.reconstruction",
+    "FeatureIndex": "saelab.features.index",
+    "build_index": "saelab.features.index",
+    "load_index": "saelab.features.index",
+    "features_in_text": "saelab.features.search",
+    "Edit": "saelab.interp.steering",
+    "steer": "saelab.interp.steering",
+}
+
+__version__ = "0.1.0"
+__all__ = [*sorted(_HOME), "SaelabError"]  # noqa: PLE0604 (the table above is the list)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'saelab' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,130 @@
+"""Files and directories that are either whole or not there, whatever interrupts their writing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import ArtifactError
+
+_TEMPORARY = ".part-"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` under a temporary name, fsync it, and rename it to ``path``.
+
+    Raises:
+        ArtifactError: the disk is full or the directory is not writable; the old file, if any, is untouched.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
+    """Write ``value`` as indented JSON with a final newline; NaN is refused, because JSON has none."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for one file; when the block ends well the file is fsynced and renamed to ``path``.
+
+    Raises:
+        ArtifactError: the system refused the write (full disk, no permission); nothing is left behind.
+    """
+    temporary = _temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        raise _explained(error, path) from error
+
+
+@contextlib.contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory; when the block ends well all of it is fsynced and renamed to ``path``.
+
+    ``path`` must not exist yet, or be an older version, which is then removed after the new one is complete.
+
+    Raises:
+        ArtifactError: the system refused the write; nothing is left behind.
+    """
+    temporary = _temporary_name(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            fsync(file)
+        fsync(temporary)
+        if path.exists():
+            old = _temporary_name(path)
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        fsync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _explained(error, path) from error
+
+
+def sweep(directory: Path) -> None:
+    """Remove what interrupted writers left in ``directory``. Call it only by the one process that writes there."""
+    for leftover in directory.glob(f"*{_TEMPORARY}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` (created if needed), waiting for another process to release it.
+
+    The system drops the lock when its holder dies, so a kill leaves no stale lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Force a file's, or a directory's, content to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:6]}")
+
+
+def _explained(error: BaseException, path: Path) -> BaseException:
+    """A sentence for the failures of the disk; everything else as it is."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors and pyarrow wrap the system's error in their own and keep only its text
+    if full or "No space left on device" in str(error) or "File too large" in str(error):
+        return ArtifactError(f"no space left to write {path}; free some disk space and run the same command again")
+    if isinstance(error, PermissionError):
+        return ArtifactError(f"no permission to write {path}; choose another directory with --out")
+    return error

@@ -1,0 +1,43 @@
+"""Every metric once: what it is called in files, tables and plots, what it means, its unit and its good direction."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+
+class Metric(NamedTuple):
+    name: str
+    meaning: str
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+
+
+_ALL = (
+    Metric("explained_variance", "1 - sum|x - x_hat|^2 / sum|x - mean(x)|^2, the mean over all evaluation tokens", "share", "higher"),
+    Metric("explained_variance_no_outliers", "explained_variance without the tokens of outlying norm", "share", "higher"),
+    Metric("l0", "active features per token", "count", "lower"),
+    Metric("l1", "sum of feature activations per token", "activation", "neither"),
+    Metric("ce_clean", "next-token cross-entropy of the model as it is", "nats", "lower"),
+    Metric("ce_sae", "cross-entropy with the SAE's reconstruction in place of the activations", "nats", "lower"),
+    Metric("ce_zero", "cross-entropy with the activations replaced by zero", "nats", "neither"),
+    Metric("ce_recovered", "(ce_zero - ce_sae) / (ce_zero - ce_clean)", "share", "higher"),
+    Metric("kl_recovered", "1 - KL(clean || sae) / KL(clean || zero) of next-token distributions", "share", "higher"),
+    Metric("kl_sae", "KL(clean || sae)", "nats", "lower"),
+    Metric("dead_fraction", "share of features that did not fire once in the evaluation tokens", "share", "lower"),
+    Metric("density", "share of tokens on which a feature fires", "share", "neither"),
+    Metric("loss", "what training minimises", "none", "lower"),
+    Metric("reconstruction", "mean |x - x_hat|^2 / mean |x|^2 of centred activations in the batch", "share", "lower"),
+    Metric("sparsity", "sparsity penalty, its coefficient included", "none", "lower"),
+    Metric("aux", "auxiliary loss that revives dead features, its coefficient included", "none", "lower"),
+    Metric("n_dead", "features that did not fire within the window of recent training tokens", "count", "lower"),
+    Metric("lr", "learning rate", "none", "neither"),
+    Metric("grad_norm", "norm of the gradient before clipping", "none", "neither"),
+    Metric("tokens_per_second", "training speed since the last log line (a timing, not compared on resume)", "1/s", "higher"),
+    Metric("kl", "KL(clean || edited) of next-token distributions", "nats", "lower"),
+    Metric("trigger_logp_rise", "log-probability of the trigger tokens, edited minus clean", "nats", "higher"),
+)
+
+METRICS = {metric.name: metric for metric in _ALL}
+
+#: Names in metrics.jsonl whose values depend on the clock.
+TIMINGS = frozenset({"tokens_per_second"})

@@ -1,0 +1,210 @@
+"""A run is a directory. Each stage (cache, train, eval, index, ...) owns one and writes it by the same rules.
+
+    run.json        resolved config and stage name          written first
+    parents.json    inputs and the hash of their manifests  a changed input is an error, not a surprise
+    env.json        versions, command line, revision        never compared bit by bit
+    metrics.jsonl   one JSON object a line
+    DONE            written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from saelab import atomic
+from saelab.errors import ArtifactError, nearest
+
+SCHEMA = 1
+
+#: What the world calls each stage's directory inside a workspace, and the file that identifies its content.
+STAGES = {"activations": "manifest.json", "sae": "cfg.json", "eval": "eval.json", "index": "index.json", "steer": "steer.json"}
+
+
+class StageWriter:
+    """The one writer of a stage directory."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path = path
+        self.stage = stage
+        self._metrics_size = (path / "metrics.jsonl").stat().st_size if (path / "metrics.jsonl").exists() else 0
+
+    @classmethod
+    def create(cls, path: Path, *, stage: str, config: Mapping[str, Any], parents: Mapping[str, Path] | None = None) -> StageWriter:
+        """Start a new stage in ``path``, which must be empty or absent.
+
+        Raises:
+            ArtifactError: ``path`` already holds something.
+        """
+        if path.exists() and any(path.iterdir()):
+            state = "a finished" if (path / "DONE").exists() else "an unfinished"
+            raise ArtifactError(f"{path} already holds {state} run; choose another --out, or continue it with --resume {path}")
+        path.mkdir(parents=True, exist_ok=True)
+        inputs = {name: {"path": os.path.relpath(p, path), "sha256": fingerprint(p)} for name, p in (parents or {}).items()}
+        atomic.write_json(path / "parents.json", inputs)
+        atomic.write_json(path / "env.json", environment())
+        atomic.write_json(path / "run.json", {"schema": SCHEMA, "stage": stage, "config": dict(config)})
+        return cls(path, stage)
+
+    @classmethod
+    def resume(cls, path: Path, *, stage: str) -> StageWriter:
+        """Continue an interrupted stage; its leftovers are swept and its inputs checked.
+
+        Raises:
+            ArtifactError: not such a stage, or an input has changed since it started.
+        """
+        read_run(path, stage)
+        check_parents(path)
+        atomic.sweep(path)
+        return cls(path, stage)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines after ``step`` and a torn last line, so that a resumed run logs each step once."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            atomic.write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def finish(self) -> None:
+        """Write DONE: from now on readers trust the directory."""
+        atomic.write_bytes(self.path / "DONE", b"")
+
+
+def find(path: str | os.PathLike[str], stage: str) -> Path:
+    """The directory of ``stage`` at ``path``: itself, or the one of that kind in a workspace such as ``runs/demo``.
+
+    Raises:
+        ArtifactError: no such directory, none or several of that kind, or it is unfinished.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise ArtifactError(f"there is no directory {path}" + (f"; {nearest(path.name, siblings)}" if siblings else "; check the path"))
+    candidates = [path] if _is_stage(path, stage) else sorted(p for p in path.iterdir() if p.is_dir() and _is_stage(p, stage))
+    if not candidates:
+        raise ArtifactError(f"{path} holds no {stage} directory; make one with: {_maker(stage)}")
+    if len(candidates) > 1:
+        names = ", ".join(p.name for p in candidates)
+        raise ArtifactError(f"{path} holds several {stage} directories ({names}); name the one you mean")
+    check_done(candidates[0])
+    return candidates[0]
+
+
+def check_done(path: Path) -> None:
+    """Raise ArtifactError for a stage that was interrupted; directories of other tools have no run.json and pass."""
+    if (path / "run.json").exists() and not (path / "DONE").exists():
+        last = max((c.name for c in (path / "checkpoints").glob("step_*[0-9]")), default=None)
+        at = f" at {last}" if last else ""
+        stage = json.loads((path / "run.json").read_text())["stage"]
+        raise ArtifactError(f"{path} is unfinished{at}; continue it with: saelab {_verb(stage)} --resume {path}")
+
+
+def check_parents(path: Path) -> None:
+    """Raise ArtifactError when an input of the stage at ``path`` changed or vanished since it was used."""
+    for name, parent in json.loads((path / "parents.json").read_text()).items():
+        location = path / parent["path"]
+        if not location.exists():
+            raise ArtifactError(f"{path} was made from {name} at {location.resolve()}, which is gone; put it back or start anew")
+        if fingerprint(location) != parent["sha256"]:
+            raise ArtifactError(f"{name} at {location.resolve()} has changed since {path} was made from it; start anew with another --out")
+
+
+def parent(path: Path, name: str) -> Path:
+    """Where the input ``name`` of the stage at ``path`` lies.
+
+    Raises:
+        ArtifactError: the stage records no such input, or it is not there any more.
+    """
+    parents = json.loads((path / "parents.json").read_text()) if (path / "parents.json").exists() else {}
+    if name not in parents:
+        raise ArtifactError(f"{path} does not say which {name} it was made from; give --{name}")
+    location = path / parents[name]["path"]
+    if not location.exists():
+        raise ArtifactError(f"{path} was made from {name} at {location.resolve()}, which is gone; give --{name}")
+    return location.resolve()
+
+
+def read_run(path: Path, stage: str) -> dict[str, Any]:
+    """The content of run.json.
+
+    Raises:
+        ArtifactError: there is none, or it belongs to another stage.
+    """
+    file = path / "run.json"
+    if not file.exists():
+        raise ArtifactError(f"{path} is no saelab run (it has no run.json); start one with --out {path}")
+    run = json.loads(file.read_text())
+    if run["stage"] != stage:
+        raise ArtifactError(f"{path} is a run of the stage {run['stage']!r}, not of {stage!r}; give a directory made by: {_maker(stage)}")
+    return run
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a torn last line, left by a kill, is ignored."""
+    lines = (path / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def fingerprint(path: Path) -> str:
+    """Hash that identifies the content of a stage directory (by its manifest) or of a file."""
+    if path.is_file():
+        return atomic.sha256(path)
+    manifests = [path / name for name in STAGES.values() if (path / name).exists()]
+    if not manifests:
+        manifests = [path / "config.json"]
+    return hashlib.sha256(b"".join(m.read_bytes() for m in manifests)).hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to know about where a run was made: versions, device, command, revision."""
+    packages = ("saelab", "torch", "transformers", "transformer-lens", "safetensors", "datasets")
+    try:
+        revision = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+        git = revision.stdout.strip() or None
+    except FileNotFoundError:
+        git = None
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "versions": {name: _version(name) for name in packages},
+        "git": git,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_stage(path: Path, stage: str) -> bool:
+    run = path / "run.json"
+    if run.exists():
+        return json.loads(run.read_text())["stage"] == stage
+    return (path / STAGES[stage]).exists()
+
+
+def _verb(stage: str) -> str:
+    return {"activations": "cache", "sae": "train"}.get(stage, stage)
+
+
+def _maker(stage: str) -> str:
+    return f"saelab {_verb(stage)} --help"
