@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from saelab.activations.store import ActivationStore
     from saelab.evals.reconstruction import evaluate
     from saelab.features.index import FeatureIndex, build_index, load_index
-    from saelab.features.search import features_in_text
+    from saelab.features.records import Example, FeatureRecord
+    from saelab.features.search import TextCodes, encode_text, features_in_text, rank_features
     from saelab.interp.steering import Edit, steer
     from saelab.models.load import Model, load_model
     from saelab.sae.base import SAE
@@ -37,13 +38,18 @@ _HOME = {
     "FeatureIndex": "saelab.features.index",
     "build_index": "saelab.features.index",
     "load_index": "saelab.features.index",
+    "FeatureRecord": "saelab.features.records",
+    "Example": "saelab.features.records",
     "features_in_text": "saelab.features.search",
+    "encode_text": "saelab.features.search",
+    "rank_features": "saelab.features.search",
+    "TextCodes": "saelab.features.search",
     "Edit": "saelab.interp.steering",
     "steer": "saelab.interp.steering",
 }
 
 __version__ = "0.1.0"
-__all__ = [*sorted(_HOME), "SaelabError"]  # noqa: PLE0604 (the table above is the list)
+__all__ = [*sorted(_HOME), "SaelabError"]
 
 
 def __getattr__(name: str) -> Any:

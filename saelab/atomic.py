@@ -34,6 +34,19 @@ def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def append(path: Path, line: str) -> None:
+    """Add ``line`` to the end of ``path``. A kill may leave a part of it, so readers ignore a last line without an end.
+
+    Raises:
+        ArtifactError: the disk is full or the file is not writable.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise _explained(error, path) from error
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path for one file; when the block ends well the file is fsynced and renamed to ``path``.
@@ -84,8 +97,13 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
 def sweep(directory: Path) -> None:
     """Remove what interrupted writers left in ``directory``. Call it only by the one process that writes there."""
-    for leftover in directory.glob(f"*{_TEMPORARY}*"):
+    for leftover in filter(is_leftover, directory.iterdir()):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether ``path`` bears the temporary name of a file or directory that was being written."""
+    return _TEMPORARY in path.name
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill: tensors as safetensors, counters as JSON, one directory a step, renamed when whole."""
+"""Checkpoints that survive a kill: safetensors and JSON, one directory a step, renamed when whole."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class Checkpoints:
         folder = self.directory / f"step_{step:09d}"
         state = json.loads((folder / "state.json").read_text())
         if atomic.sha256(folder / "state.safetensors") != state.pop("sha256"):
-            raise ArtifactError(f"{folder} is damaged (its checksum differs); delete it to continue from an older checkpoint")
+            raise ArtifactError(
+                f"{folder} is damaged (its checksum differs); delete it to continue from an older checkpoint"
+            )
         return Checkpoint(state.pop("step"), load_file(folder / "state.safetensors"), state)
 
     def steps(self) -> list[int]:

@@ -1,8 +1,8 @@
 """TOML and JSON to frozen dataclasses and back. Strict: an unknown key or a wrong type is an error that names the cure.
 
-A config class is a frozen dataclass whose fields are bool, int, float, str, Path, None, Literal, tuples of these,
-other config classes, or a union of config classes told apart by their ``arch`` (a ``ClassVar[str]``). The docstring
-under a field becomes the comment in the TOML that ``to_toml`` prints.
+A config class is a frozen dataclass. Its fields are bool, int, float, str, Path, None, Literal, tuples of these, dicts
+with str keys, other config classes, or a union of config classes told apart by their ``arch`` (a ``ClassVar[str]``).
+The docstring under a field becomes the comment in the TOML that ``to_toml`` prints.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import textwrap
 import tomllib
@@ -81,7 +82,9 @@ def from_mapping(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C
         values[key] = _convert(hints[key], value, where + key)
     required = [name for name, f in fields.items() if name not in values and _has_no_default(f)]
     if required:
-        raise ConfigError(f"{where}{required[0]} must be set; give it in the config file or with --set {required[0]}=...")
+        raise ConfigError(
+            f"{where}{required[0]} must be set; give it in the config file or with --set {required[0]}=..."
+        )
     return cls(**values)
 
 
@@ -104,7 +107,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """The docstring under each field of a config class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             docs[statement.target.id] = inspect.cleandoc(following.value.value)  # type: ignore[union-attr, attr-defined]
     return docs
@@ -139,7 +142,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return _convert_union(args, value, name)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, args))}, got {value!r}; {nearest(str(value), map(str, args))}")
+            raise ConfigError(
+                f"{name} must be one of {', '.join(map(repr, args))}, got {value!r}; "
+                f"{nearest(str(value), map(str, args))}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
@@ -148,6 +154,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if len(items) != len(value):
             raise ConfigError(f"{name} must have {len(items)} entries, got {len(value)}; write {len(items)} of them")
         return tuple(_convert(item, v, f"{name}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{name} must be a table, got {value!r}; write [{name}] and its keys below")
+        return {key: _convert(args[1], v, f"{name}.{key}") for key, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return _convert_config(hint, value, name)
     return _convert_scalar(hint, value, name)
@@ -175,7 +185,10 @@ def _convert_config(cls: Any, value: Any, name: str) -> Any:
     rest = dict(value)
     arch = rest.pop("arch", None)
     if arch is not None and arch != getattr(cls, "arch", None):
-        raise ConfigError(f"{name}.arch is {arch!r}, but these settings are for {getattr(cls, 'arch', cls.__name__)!r}; make them agree")
+        raise ConfigError(
+            f"{name}.arch is {arch!r}, but these settings are for "
+            f"{getattr(cls, 'arch', cls.__name__)!r}; make them agree"
+        )
     return from_mapping(cls, rest, where=f"{name}.")
 
 
@@ -209,11 +222,16 @@ def _toml_lines(config: Any, path: tuple[str, ...]) -> list[str]:
         lines.append(f"# {field.name} =" if value is None else f"{field.name} = {_toml_value(_plain(value))}")
     for name, table in tables:
         inner = (*path, name)
-        lines += ["", *(f"# {line}" for line in docs.get(name, "").splitlines()), f"[{'.'.join(inner)}]", *_toml_lines(table, inner)]
+        lines += [
+            "",
+            *(f"# {line}" for line in docs.get(name, "").splitlines()),
+            f"[{'.'.join(inner)}]",
+            *_toml_lines(table, inner),
+        ]
     return lines
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)   # JSON's strings, numbers and booleans are TOML's
+    return json.dumps(value, ensure_ascii=False)  # JSON's strings, numbers and booleans are TOML's

@@ -13,8 +13,15 @@ class Metric(NamedTuple):
 
 
 _ALL = (
-    Metric("explained_variance", "1 - sum|x - x_hat|^2 / sum|x - mean(x)|^2, the mean over all evaluation tokens", "share", "higher"),
-    Metric("explained_variance_no_outliers", "explained_variance without the tokens of outlying norm", "share", "higher"),
+    Metric(
+        "explained_variance",
+        "1 - sum|x - x_hat|^2 / sum|x - mean(x)|^2, the mean over all evaluation tokens",
+        "share",
+        "higher",
+    ),
+    Metric(
+        "explained_variance_no_outliers", "explained_variance without the tokens of outlying norm", "share", "higher"
+    ),
     Metric("l0", "active features per token", "count", "lower"),
     Metric("l1", "sum of feature activations per token", "activation", "neither"),
     Metric("ce_clean", "next-token cross-entropy of the model as it is", "nats", "lower"),
@@ -32,7 +39,12 @@ _ALL = (
     Metric("n_dead", "features that did not fire within the window of recent training tokens", "count", "lower"),
     Metric("lr", "learning rate", "none", "neither"),
     Metric("grad_norm", "norm of the gradient before clipping", "none", "neither"),
-    Metric("tokens_per_second", "training speed since the last log line (a timing, not compared on resume)", "1/s", "higher"),
+    Metric(
+        "tokens_per_second",
+        "training speed since the last log line (a timing, not compared on resume)",
+        "1/s",
+        "higher",
+    ),
     Metric("kl", "KL(clean || edited) of next-token distributions", "nats", "lower"),
     Metric("trigger_logp_rise", "log-probability of the trigger tokens, edited minus clean", "nats", "higher"),
 )

@@ -1,10 +1,10 @@
 """A run is a directory. Each stage (cache, train, eval, index, ...) owns one and writes it by the same rules.
 
-    run.json        resolved config and stage name          written first
-    parents.json    inputs and the hash of their manifests  a changed input is an error, not a surprise
-    env.json        versions, command line, revision        never compared bit by bit
-    metrics.jsonl   one JSON object a line
-    DONE            written last
+run.json        resolved config and stage name          written first
+parents.json    inputs and the hash of their manifests  a changed input is an error, not a surprise
+env.json        versions, command line, revision        never compared bit by bit
+metrics.jsonl   one JSON object a line
+DONE            written last
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from saelab.errors import ArtifactError, nearest
 SCHEMA = 1
 
 #: What the world calls each stage's directory inside a workspace, and the file that identifies its content.
-STAGES = {"activations": "manifest.json", "sae": "cfg.json", "eval": "eval.json", "index": "index.json", "steer": "steer.json"}
+STAGES = {
+    "activations": "manifest.json",
+    "sae": "cfg.json",
+    "eval": "eval.json",
+    "index": "index.json",
+    "steer": "steer.json",
+}
 
 
 class StageWriter:
@@ -39,17 +45,20 @@ class StageWriter:
         self._metrics_size = (path / "metrics.jsonl").stat().st_size if (path / "metrics.jsonl").exists() else 0
 
     @classmethod
-    def create(cls, path: Path, *, stage: str, config: Mapping[str, Any], parents: Mapping[str, Path] | None = None) -> StageWriter:
-        """Start a new stage in ``path``, which must be empty or absent.
+    def create(
+        cls, path: Path, *, stage: str, config: Mapping[str, Any], parents: Mapping[str, Path] | None = None
+    ) -> StageWriter:
+        """Start a new stage in ``path``, which must be empty, absent, or a start killed before it wrote run.json.
 
         Raises:
             ArtifactError: ``path`` already holds something.
         """
-        if path.exists() and any(path.iterdir()):
-            state = "a finished" if (path / "DONE").exists() else "an unfinished"
-            raise ArtifactError(f"{path} already holds {state} run; choose another --out, or continue it with --resume {path}")
-        path.mkdir(parents=True, exist_ok=True)
-        inputs = {name: {"path": os.path.relpath(p, path), "sha256": fingerprint(p)} for name, p in (parents or {}).items()}
+        refuse_taken(path)
+        if path.exists():
+            atomic.sweep(path)
+        inputs = {
+            name: {"path": os.path.relpath(p, path), "sha256": fingerprint(p)} for name, p in (parents or {}).items()
+        }
         atomic.write_json(path / "parents.json", inputs)
         atomic.write_json(path / "env.json", environment())
         atomic.write_json(path / "run.json", {"schema": SCHEMA, "stage": stage, "config": dict(config)})
@@ -69,8 +78,7 @@ class StageWriter:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        atomic.append(self.path / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines after ``step`` and a torn last line, so that a resumed run logs each step once."""
@@ -84,6 +92,21 @@ class StageWriter:
         atomic.write_bytes(self.path / "DONE", b"")
 
 
+def refuse_taken(path: Path) -> None:
+    """Raise ArtifactError when ``path`` holds something that a new stage would mix with.
+
+    What a start leaves that was killed before it wrote run.json does not count.
+    """
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file, but a run is a directory; choose another --out")
+    files = [] if not path.exists() else [p.name for p in path.iterdir() if not atomic.is_leftover(p)]
+    if set(files) - {"parents.json", "env.json"}:
+        state = "a finished" if "DONE" in files else "an unfinished"
+        raise ArtifactError(
+            f"{path} already holds {state} run; choose another --out, or continue it with --resume {path}"
+        )
+
+
 def find(path: str | os.PathLike[str], stage: str) -> Path:
     """The directory of ``stage`` at ``path``: itself, or the one of that kind in a workspace such as ``runs/demo``.
 
@@ -93,8 +116,12 @@ def find(path: str | os.PathLike[str], stage: str) -> Path:
     path = Path(path)
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise ArtifactError(f"there is no directory {path}" + (f"; {nearest(path.name, siblings)}" if siblings else "; check the path"))
-    candidates = [path] if _is_stage(path, stage) else sorted(p for p in path.iterdir() if p.is_dir() and _is_stage(p, stage))
+        raise ArtifactError(
+            f"there is no directory {path}" + (f"; {nearest(path.name, siblings)}" if siblings else "; check the path")
+        )
+    candidates = (
+        [path] if _is_stage(path, stage) else sorted(p for p in path.iterdir() if p.is_dir() and _is_stage(p, stage))
+    )
     if not candidates:
         raise ArtifactError(f"{path} holds no {stage} directory; make one with: {_maker(stage)}")
     if len(candidates) > 1:
@@ -118,9 +145,14 @@ def check_parents(path: Path) -> None:
     for name, parent in json.loads((path / "parents.json").read_text()).items():
         location = path / parent["path"]
         if not location.exists():
-            raise ArtifactError(f"{path} was made from {name} at {location.resolve()}, which is gone; put it back or start anew")
+            raise ArtifactError(
+                f"{path} was made from {name} at {location.resolve()}, which is gone; put it back or start anew"
+            )
         if fingerprint(location) != parent["sha256"]:
-            raise ArtifactError(f"{name} at {location.resolve()} has changed since {path} was made from it; start anew with another --out")
+            raise ArtifactError(
+                f"{name} at {location.resolve()} has changed since {path} was made from it; "
+                "start anew with another --out"
+            )
 
 
 def parent(path: Path, name: str) -> Path:
@@ -149,7 +181,10 @@ def read_run(path: Path, stage: str) -> dict[str, Any]:
         raise ArtifactError(f"{path} is no saelab run (it has no run.json); start one with --out {path}")
     run = json.loads(file.read_text())
     if run["stage"] != stage:
-        raise ArtifactError(f"{path} is a run of the stage {run['stage']!r}, not of {stage!r}; give a directory made by: {_maker(stage)}")
+        raise ArtifactError(
+            f"{path} is a run of the stage {run['stage']!r}, not of {stage!r}; "
+            f"give a directory made by: {_maker(stage)}"
+        )
     return run
 
 
@@ -173,7 +208,9 @@ def environment() -> dict[str, Any]:
     """What a reader needs to know about where a run was made: versions, device, command, revision."""
     packages = ("saelab", "torch", "transformers", "transformer-lens", "safetensors", "datasets")
     try:
-        revision = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+        revision = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+        )
         git = revision.stdout.strip() or None
     except FileNotFoundError:
         git = None

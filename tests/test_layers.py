@@ -19,7 +19,7 @@ FEATURES = EVALS | {"evals"}
 
 #: room -> the rooms it may import
 FLOORS = {
-    **{name: CELLAR for name in CELLAR},
+    **dict.fromkeys(CELLAR, CELLAR),
     "saelab_kernels": set(),
     "sae": SAE,
     "models": MODELS,
@@ -103,7 +103,15 @@ def test_kernels_need_torch_triton_and_numpy_only(path: Path):
 def test_the_command_line_imports_nothing_heavy_before_a_verb_runs(path: Path):
     names = imported(path, only_at_import_time=True)
     assert not {name.split(".")[0] for name in names} & HEAVY
-    assert {room(name) for name in names} - {None} <= {"cli", "errors", "__init__", "atomic", "rundir", "config", "metrics"}
+    assert {room(name) for name in names} - {None} <= {
+        "cli",
+        "errors",
+        "__init__",
+        "atomic",
+        "rundir",
+        "config",
+        "metrics",
+    }
 
 
 def test_shelves_are_not_packages():

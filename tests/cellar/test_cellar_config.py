@@ -74,10 +74,16 @@ def test_a_bare_word_needs_no_quotes():
         ({"pet": {"arch": "cat", "tricks": []}, "street": "x"}, r"pet.tricks is not a setting of Cat"),
         ({"pet": {"arch": "cat", "lives": "nine"}, "street": "x"}, r"pet.lives must be of type int, got 'nine'"),
         ({"pet": {"arch": "cat", "lives": True}, "street": "x"}, r"pet.lives must be of type int, got True"),
-        ({"pet": {"arch": "cat"}, "street": "x", "colour": "blu"}, r"colour must be one of 'red', 'blue', got 'blu'; did you mean blue"),
+        (
+            {"pet": {"arch": "cat"}, "street": "x", "colour": "blu"},
+            r"colour must be one of 'red', 'blue', got 'blu'; did you mean blue",
+        ),
         ({"pet": {"arch": "cat"}, "street": "x", "size": [1]}, r"size must have 2 entries, got 1"),
         ({"pet": {"arch": "cat"}, "street": "x", "cat": 3}, r"cat must be a table of settings, got 3"),
-        ({"pet": {"arch": "cat"}, "street": "x", "cat": {"arch": "dog"}}, r"cat.arch is 'dog', but these settings are for 'cat'"),
+        (
+            {"pet": {"arch": "cat"}, "street": "x", "cat": {"arch": "dog"}},
+            r"cat.arch is 'dog', but these settings are for 'cat'",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_cure(mapping: dict, sentence: str):
@@ -89,7 +95,7 @@ def test_a_wrong_setting_is_named_with_its_cure(mapping: dict, sentence: str):
 def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes):
     file = tmp_path / "broken.toml"
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match="broken.toml is not readable as .toml"):
+    with pytest.raises(ConfigError, match=r"broken\.toml is not readable as \.toml"):
         config.load(House, file)
 
 

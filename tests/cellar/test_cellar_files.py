@@ -93,7 +93,7 @@ def test_a_workspace_with_two_candidates_asks_which(tmp_path: Path):
 
 def test_a_missing_directory_suggests_its_sibling(tmp_path: Path):
     (tmp_path / "demo").mkdir()
-    with pytest.raises(ArtifactError, match="did you mean demo"):
+    with pytest.raises(ArtifactError, match=r"did you mean demo"):
         rundir.find(tmp_path / "dmeo", "sae")
 
 

