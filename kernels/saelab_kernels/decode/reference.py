@@ -1,0 +1,12 @@
+"""Definition of sparse decoding: fill the dense activations, multiply."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def sparse_decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """top_acts, top_indices [N, k], W_dec [F, d], b_dec [d] or None -> [N, d]; an index that repeats counts twice."""
+    feature_acts = top_acts.new_zeros(len(top_acts), len(W_dec)).scatter_add(1, top_indices, top_acts)
+    recon = feature_acts @ W_dec
+    return recon if b_dec is None else recon + b_dec

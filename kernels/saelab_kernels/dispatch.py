@@ -1,0 +1,87 @@
+"""Which implementation runs, and why.
+
+``SAELAB_KERNELS`` chooses: ``auto`` (default), ``reference`` (dense torch, the definition), ``cpu`` (the tuned path).
+It is read at every call, so a test or a notebook can switch within one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+PATHS = ("auto", "reference", "cpu")
+
+#: On a CPU the sparse path wins while k is at most this share of F (measured: see kernels/README.md).
+MAX_ACTIVE_SHARE = 1 / 8
+
+
+class Choice(NamedTuple):
+    """What was chosen ("reference", "cpu"; "bfloat16", "float32") and the reason in words."""
+
+    name: str
+    reason: str
+
+
+def choose(device: torch.device, *, n_features: int, k: int) -> Choice:
+    """The path for tensors on ``device`` with k of ``n_features`` features active for each token.
+
+    Raises:
+        ValueError: SAELAB_KERNELS names no path, or the CPU path for tensors that are elsewhere.
+    """
+    asked = os.environ.get("SAELAB_KERNELS", "auto")
+    if asked not in PATHS:
+        raise ValueError(f"SAELAB_KERNELS must be one of {', '.join(PATHS)}, got {asked!r}; unset it for auto")
+    if asked == "cpu" and device.type != "cpu":
+        raise ValueError(f"SAELAB_KERNELS=cpu, but the tensors are on {device}; unset it or move them to the CPU")
+    if asked != "auto":
+        return Choice(asked, f"SAELAB_KERNELS={asked}")
+    if device.type != "cpu":
+        return _stated(Choice("reference", f"there is no tuned path for {device.type}"))
+    if k > MAX_ACTIVE_SHARE * n_features:
+        reason = f"k={k} is more than {MAX_ACTIVE_SHARE:g} of {n_features} features: dense is faster"
+        return _stated(Choice("reference", reason))
+    return Choice("cpu", "the tensors are on the CPU and few features are active")
+
+
+@functools.lru_cache(maxsize=1)
+def candidate_gemm() -> Choice:
+    """The precision in which this CPU finds candidates faster: "bfloat16" or "float32". Timed once a process (~5 ms).
+
+    Only speed depends on it: candidates are always rescored in float32, so a noisy measurement changes no result.
+    """
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    if ratio > 1.1:
+        return Choice("bfloat16", f"a bfloat16 matrix product is {ratio:.1f}x as fast as float32 on this CPU")
+    return _stated(Choice("float32", f"a bfloat16 matrix product is only {ratio:.1f}x as fast as float32 on this CPU"))
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    # small enough that a CPU without bfloat16 instructions, a hundred times slower, still answers at once
+    left, right = torch.ones(128, 256, dtype=dtype), torch.ones(512, 256, dtype=dtype)
+    seconds = []
+    for _ in range(4):   # the first one builds the kernel
+        start = time.perf_counter()
+        left @ right.T
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+@functools.lru_cache(maxsize=64)
+def _stated(choice: Choice) -> Choice:
+    """``choice``, logged the first time it is made."""
+    _log.info("saelab_kernels uses %s: %s", choice.name, choice.reason)
+    return choice
+
+
+def path_for(weights: Tensor, k: int) -> str:
+    """Name of the path for feature-major ``weights`` [F, d] and k active features."""
+    return choose(weights.device, n_features=len(weights), k=k).name

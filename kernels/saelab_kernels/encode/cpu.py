@@ -1,0 +1,154 @@
+"""Exact top-k encoding on the CPU at the price of a bfloat16 matrix product.
+
+    1. approx = x @ W.T + b in bfloat16 (float32 where the CPU is no faster in bfloat16).
+    2. floor = the (k + margin)-th largest of the maxima of G groups of features. At least k + margin features reach it,
+       because k + margin groups have a member that does; with G = 4 (k + margin) or more, hardly any others do.
+    3. candidates = the features that reach the floor: one comparison and one flatnonzero for the whole block.
+    4. exact = their pre-activations as float32 dot products in place (saelab_kernels.dots).
+    5. The k largest by (exact descending, index ascending), by one sort of 64-bit integers that hold both.
+
+A feature outside the candidates has approx < floor, so it could only belong to the k if its error exceeded
+(k-th exact - floor). Rows where that gap is not above twice the largest error seen among their own candidates are done
+again with float32 candidates, and if that is no proof either (many equal values, NaN) with every feature. So the result
+is that of float32 dot products in fixed order, whatever the precision and speed of step 1.
+
+Floats are compared as integers of the same size (step 2, 3, 5): numpy's integer sort, partition and comparison use the
+CPU's vector instructions. ``_sortable`` maps float bits to integers of the same order and is its own inverse.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saelab_kernels import dispatch
+from saelab_kernels.dots.cpu import ragged_dot, sampled_dot
+from saelab_kernels.encode import reference
+
+#: A row's gap must exceed this multiple of the largest error among its ~1.7 k candidates (misses: kernels/README.md).
+SAFETY = 2.0
+
+_BLOCK_BYTES = 2**26
+_CHUNK_BYTES = 2**22
+_LARGEST_GROUP = 16
+_MAX_PAIRS = 2**22
+
+
+class _Selected(NamedTuple):
+    top_acts: Tensor      # [N, k]
+    top_indices: Tensor   # [N, k]
+    proven: Tensor        # bool [N]: the k largest are among the candidates
+
+
+def margin(k: int) -> int:
+    """How many candidates beyond k: 16 for k=32. Chosen so that about one row in a thousand needs a second pass."""
+    return max(8, k // 2)
+
+
+def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """x [N, d], W [F, d], b [F] -> the k largest pre-activations [N, k], before any ReLU, and their indices [N, k]."""
+    if x.dtype != torch.float32:   # float64 is for checks: nothing to gain from candidates
+        return reference.encode_topk(x, W, b, k)
+    top_acts, top_indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
+    rows_per_block = max(1, _BLOCK_BYTES // (2 * len(W)))
+    gemm = getattr(torch, dispatch.candidate_gemm().name)
+    searchable = len(W) >= k + margin(k) and _all_finite(W) and _all_finite(b)
+    W_low, b_low = (W.to(gemm), b.to(gemm)) if searchable else (W, b)
+    for start in range(0, len(x), rows_per_block):
+        block = slice(start, start + rows_per_block)
+        if searchable:
+            selected = _select(x[block], W, b, k, W_low, b_low)
+            top_acts[block], top_indices[block] = selected.top_acts, selected.top_indices
+            left = start + (~selected.proven).nonzero().flatten()
+            if gemm != torch.float32 and len(left):
+                selected = _select(x[left], W, b, k, W, b)
+                top_acts[left], top_indices[left] = selected.top_acts, selected.top_indices
+                left = left[~selected.proven]
+        else:
+            left = torch.arange(start, min(start + rows_per_block, len(x)))
+        for rows in left.split(max(1, _MAX_PAIRS // len(W))):
+            top_acts[rows], top_indices[rows] = _exhaustive(x[rows], W, b, k)
+    return top_acts, top_indices
+
+
+def _select(x: Tensor, W: Tensor, b: Tensor, k: int, W_low: Tensor, b_low: Tensor) -> _Selected:
+    """Steps 1 to 5 with candidates found in the precision of ``W_low``."""
+    n_tokens, n_features = len(x), len(W)
+    approx = F.linear(x.to(W_low.dtype), W_low, b_low)
+    flat, floor = _candidates(_bits(approx), k + margin(k))
+    starts = np.searchsorted(flat, np.arange(n_tokens + 1) * n_features)
+    crowded = np.diff(starts) > 4 * (k + margin(k))
+    if crowded.any():   # many equal values, or NaN: such rows would make the table below as wide as the dictionary
+        flat = flat[~np.repeat(crowded, np.diff(starts))]
+        starts = np.searchsorted(flat, np.arange(n_tokens + 1) * n_features)
+
+    rows = np.repeat(np.arange(n_tokens), np.diff(starts))
+    features = flat - rows * n_features
+    candidates = torch.from_numpy(features)
+    exact = ragged_dot(x, W, torch.from_numpy(starts), candidates) + b[candidates]
+    error = (exact - approx.view(-1)[torch.from_numpy(flat)].float()).abs()
+
+    width = max(k, int(np.diff(starts).max(initial=0)))
+    places = rows * width + np.arange(len(flat)) - starts[rows]
+    errors = np.zeros((n_tokens, width), dtype=np.float32)
+    errors.ravel()[places] = error.numpy()
+    keys = np.full((n_tokens, width), np.iinfo(np.int64).max)
+    keys.ravel()[places] = (~_sortable(_bits(exact)).astype(np.int64) << 32) | features
+    keys.sort(axis=1)
+    top = keys[:, :k]
+    top_acts = torch.from_numpy(_sortable((~(top >> 32)).astype(np.int32)).view(np.float32))
+    gap = top_acts[:, -1] - torch.from_numpy(_sortable(floor)).view(approx.dtype).float()
+    proven = (gap > SAFETY * torch.from_numpy(errors).amax(1)) & torch.from_numpy(~crowded)   # False for NaN
+    return _Selected(top_acts, torch.from_numpy(top & 0xFFFFFFFF), proven)
+
+
+def _candidates(bits: np.ndarray, n_wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions of the candidates among ``bits`` [N, F], and each row's floor [N] as a sortable integer."""
+    n_features = bits.shape[1]
+    rows = max(1, _CHUNK_BYTES // (n_features * bits.itemsize))   # what these four passes share stays in the cache
+    positions, floors = [], []
+    for start in range(0, len(bits), rows):
+        codes = _sortable(bits[start : start + rows])
+        floors.append(_floor(codes, n_wanted))
+        positions.append(np.flatnonzero(codes >= floors[-1][:, None]) + start * n_features)
+    return np.concatenate(positions), np.concatenate(floors)
+
+
+def _floor(codes: np.ndarray, n_wanted: int) -> np.ndarray:
+    """For each row of ``codes`` [N, F] a value [N] that at least ``n_wanted`` of its entries reach."""
+    n_tokens, n_features = codes.shape
+    size = min(_LARGEST_GROUP, max(1, n_features // (4 * n_wanted)))
+    n_groups = n_features // size
+    # group g is every n_groups-th feature; the few features left over belong to no group, which keeps the bound true
+    maxima = codes[:, : n_groups * size].reshape(n_tokens, size, n_groups).max(1)
+    return np.partition(maxima, n_groups - n_wanted, axis=1)[:, n_groups - n_wanted]
+
+
+def _exhaustive(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Every feature rescored: for rows with ties at the border or NaN, and for dictionaries hardly larger than k."""
+    every = torch.arange(len(W)).expand(len(x), -1).contiguous()
+    pre_acts = sampled_dot(x, W, every) + b
+    top_indices = reference.largest(pre_acts, k)
+    return pre_acts.gather(1, top_indices), top_indices
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    low, high = torch.aminmax(tensor)   # NaN if any is; ten times faster than isfinite().all()
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _bits(floats: Tensor) -> np.ndarray:
+    """The bits of bfloat16 as int16, of float32 as int32."""
+    return floats.view(torch.int16 if floats.dtype == torch.bfloat16 else torch.int32).numpy()
+
+
+def _sortable(bits: np.ndarray) -> np.ndarray:
+    """Flip all but the sign bit of negative floats: integers then sort as the floats do. Twice is undone."""
+    codes = bits >> (8 * bits.itemsize - 1)   # 0, or -1 for negative floats
+    codes &= np.iinfo(bits.dtype).max
+    codes ^= bits
+    return codes

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: tensors in, tensors out. One architecture a file; ``io`` reads and writes them."""

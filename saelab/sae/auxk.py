@@ -1,0 +1,38 @@
+"""AuxK: dead features learn to reconstruct what the living ones leave over."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.sae.base import SAE
+
+
+def auxk_loss(
+    sae: SAE,
+    acts: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_in"],
+    dead: Bool[Tensor, " d_sae"] | None,
+    *,
+    k_aux: int,
+) -> Float[Tensor, ""]:
+    """Share of the variance of ``residual`` that the ``k_aux`` largest dead features of each token do not explain.
+
+    sum |residual - recon_of_dead|^2 / sum |residual - mean(residual)|^2, after Gao et al. 2024, arXiv 2406.04093, A.2.
+    0 when nothing is dead. Its gradient reaches the dead rows alone: ``residual`` and b_dec count as constants.
+    """
+    rows = dead.nonzero().flatten() if dead is not None else None
+    if rows is None or not len(rows):
+        return acts.new_zeros(())
+    residual = residual.detach()
+    centred = acts - sae.b_dec.detach()
+    # the dead rows packed into a small dictionary, so that dense products cost what they should
+    pre_acts = centred @ sae.encoder[rows].T + sae.b_enc[rows]
+    feature_acts = pre_acts.relu()
+    if k_aux < len(rows):
+        top = feature_acts.topk(k_aux, dim=1, sorted=False)
+        feature_acts = torch.zeros_like(feature_acts).scatter(1, top.indices, top.values)
+    unexplained = (feature_acts @ sae.W_dec[rows] - residual).pow(2).sum()
+    variance = (residual - residual.mean(0)).pow(2).sum()
+    return unexplained / variance.clamp_min(torch.finfo(acts.dtype).tiny)

@@ -1,0 +1,115 @@
+"""The BatchTopK autoencoder: a batch keeps its k-per-token largest activations wherever they fall (arXiv 2412.06410).
+
+At inference there is no batch to compare with, so a threshold takes its place: the running mean of the smallest
+activation that training batches kept. Saved, it is a JumpReLU SAE with that threshold for each feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.errors import ConfigError
+from saelab.sae.auxk import auxk_loss
+from saelab.sae.base import SAE, SAELoss
+from saelab.sae.jumprelu import JumpReLU, JumpReLUConfig, jump_relu
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopKConfig:
+    arch: ClassVar[str] = "batchtopk"
+
+    d_sae: int
+    """Number of features."""
+    k: int = 32
+    """Features kept for each token, on average over a batch."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead features; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead features used for each token in the auxiliary loss. Off: half the width of the input."""
+    threshold_momentum: float = 0.99
+    """How much of the inference threshold stays at each step; the rest comes from the step's batch."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.d_sae:
+            raise ConfigError(f"k must be between 1 and d_sae={self.d_sae}, got {self.k}; lower k or raise d_sae")
+        if self.aux_coefficient < 0:
+            raise ConfigError(f"aux_coefficient must not be negative, got {self.aux_coefficient}; usual is 1/32")
+        if self.k_aux is not None and self.k_aux < 1:
+            raise ConfigError(f"k_aux must be at least 1, got {self.k_aux}; leave it out for d_in / 2")
+        if not 0 <= self.threshold_momentum < 1:
+            raise ConfigError(f"threshold_momentum must be at least 0 and below 1, got {self.threshold_momentum}; "
+                              "the usual value is 0.99")
+
+
+class BatchTopK(SAE):
+    """``encode`` always uses the threshold; ``training_loss`` keeps the largest of its batch and updates it."""
+
+    cfg: BatchTopKConfig
+    threshold: Float[Tensor, ""]
+    n_updates: Tensor
+
+    def __init__(self, cfg: BatchTopKConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__(cfg, d_in, generator=generator)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
+
+    def training_loss(
+        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+    ) -> SAELoss:
+        """Squared error divided by d_in, plus the auxiliary loss for ``dead`` features; updates the threshold."""
+        feature_acts = keep_largest(self.pre_acts(acts).relu(), n_kept=self.cfg.k * len(acts))
+        self._update_threshold(feature_acts.detach())
+        error = self.decode(feature_acts) - acts
+        reconstruction = error.pow(2).mean()
+        k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
+        revived = dead if self.cfg.aux_coefficient else None
+        aux = self.cfg.aux_coefficient * auxk_loss(self, acts, -error, revived, k_aux=k_aux)
+        active = feature_acts.detach() > 0
+        return SAELoss(
+            total=reconstruction + aux,
+            reconstruction=reconstruction.detach(),
+            sparsity=torch.zeros_like(reconstruction.detach()),
+            aux=aux.detach(),
+            fired=active.any(0),
+            l0=active.sum(dtype=acts.dtype) / len(acts),
+        )
+
+    @torch.no_grad()
+    def fold_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+        """As every SAE; the threshold is in units of the activations."""
+        super().fold_(mean, scale)
+        self.threshold.div_(scale)
+
+    @torch.no_grad()
+    def as_jumprelu(self) -> JumpReLU:
+        """The SAE that it is at inference."""
+        twin = JumpReLU(JumpReLUConfig(d_sae=self.d_sae), self.d_in).to(self.device, self.dtype)
+        for name in ("encoder", "W_dec", "b_enc", "b_dec"):
+            getattr(twin, name).copy_(getattr(self, name))
+        twin.threshold.copy_(self.threshold.expand(self.d_sae))
+        twin.metadata = self.metadata
+        return twin
+
+    def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return jump_relu(pre_acts, self.threshold)
+
+    @torch.no_grad()
+    def _update_threshold(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
+        """Running mean of the smallest kept activation; the first batch sets it, a batch without any leaves it."""
+        smallest = feature_acts.where(feature_acts > 0, torch.inf).min()
+        if torch.isfinite(smallest):
+            momentum = self.cfg.threshold_momentum if self.n_updates else 0.0
+            self.threshold.lerp_(smallest.to(self.threshold.dtype), 1 - momentum)
+            self.n_updates += 1
+
+
+def keep_largest(values: Float[Tensor, "batch d_sae"], *, n_kept: int) -> Float[Tensor, "batch d_sae"]:
+    """``values`` with all but the ``n_kept`` largest of the batch set to 0; equals of the smallest kept stay too."""
+    flat = values.detach().flatten()
+    smallest = flat.kthvalue(flat.numel() - n_kept + 1).values
+    return values * (values >= smallest)

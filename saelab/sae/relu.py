@@ -1,0 +1,89 @@
+"""The ReLU autoencoder with an L1 penalty: f = ReLU(acts W_enc + b_enc), recon = f W_dec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.errors import ConfigError
+from saelab.sae.base import SAE, SAELoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLUConfig:
+    arch: ClassVar[str] = "relu"
+
+    d_sae: int
+    """Number of features."""
+    l1_coefficient: float = 1.0
+    """Weight of the L1 norm of the feature activations against the summed squared error of a token."""
+    b_dec: Literal["learned", "zero"] = "learned"
+    """With "zero", f = ReLU(acts W_enc + b_enc) and recon = f W_dec exactly, and training does not centre its input."""
+    weight_l1_by_decoder_norm: bool = False
+    """Weight each activation in the penalty by the norm of its row of W_dec, and leave that norm free in training."""
+
+    def __post_init__(self) -> None:
+        if self.d_sae < 1:
+            raise ConfigError(f"d_sae must be at least 1, got {self.d_sae}; raise it")
+        if self.l1_coefficient < 0:
+            raise ConfigError(f"l1_coefficient must not be negative, got {self.l1_coefficient}; usual is 0.1 to 10")
+
+
+class ReLU(SAE):
+    cfg: ReLUConfig
+
+    def __init__(self, cfg: ReLUConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__(cfg, d_in, generator=generator)
+        self.b_dec.requires_grad_(cfg.b_dec == "learned")
+
+    def training_loss(
+        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+    ) -> SAELoss:
+        """Squared error plus ``l1_coefficient`` times the L1 norm, both divided by d_in; ``dead`` is not used."""
+        feature_acts = self.encode(acts)
+        reconstruction = (self.decode(feature_acts) - acts).pow(2).mean()
+        # plain L1 would be escaped by small activations and long decoder rows; unit rows or this weight prevent it
+        weighted = feature_acts * self.W_dec.norm(dim=1) if self.cfg.weight_l1_by_decoder_norm else feature_acts
+        sparsity = self.cfg.l1_coefficient * weighted.sum(1).mean() / self.d_in
+        active = feature_acts.detach() > 0
+        return SAELoss(
+            total=reconstruction + sparsity,
+            reconstruction=reconstruction.detach(),
+            sparsity=sparsity.detach(),
+            aux=torch.zeros_like(sparsity.detach()),
+            fired=active.any(0),
+            l0=active.sum(1, dtype=acts.dtype).mean(),
+        )
+
+    def normalise_decoder_(self) -> None:
+        """Scale each row of W_dec to norm 1, unless its norm is free."""
+        if not self.cfg.weight_l1_by_decoder_norm:
+            super().normalise_decoder_()
+
+    def project_decoder_grad_(self) -> None:
+        """Remove the part of the gradient along each row, unless its norm is free."""
+        if not self.cfg.weight_l1_by_decoder_norm:
+            super().project_decoder_grad_()
+
+    @torch.no_grad()
+    def fold_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+        """As every SAE; free decoder norms move into the encoder, so that rows of W_dec have norm 1 in the result.
+
+        Raises:
+            ConfigError: a mean to fold, but b_dec is fixed at zero.
+        """
+        if self.cfg.b_dec == "zero" and mean.any():
+            raise ConfigError('an SAE with b_dec = "zero" has no place for a mean; train it on uncentred activations')
+        super().fold_(mean, scale)
+        if self.cfg.weight_l1_by_decoder_norm:
+            norms = self.W_dec.norm(dim=1)
+            self.encoder.mul_(norms[:, None])
+            self.b_enc.mul_(norms)
+            super().normalise_decoder_()
+
+    def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return pre_acts.relu()

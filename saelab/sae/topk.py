@@ -1,0 +1,101 @@
+"""The TopK autoencoder: each token keeps its k largest pre-activations (Gao et al. 2024, arXiv 2406.04093)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.errors import ConfigError
+from saelab.sae.auxk import auxk_loss
+from saelab.sae.base import SAE, SAELoss, SparseActs, SparseCodes
+from saelab_kernels import Autoencoded, autoencode_topk, encode_topk, sparse_decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig:
+    arch: ClassVar[str] = "topk"
+
+    d_sae: int
+    """Number of features."""
+    k: int = 32
+    """Features kept for each token."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead features; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead features used for each token in the auxiliary loss. Off: half the width of the input."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.d_sae:
+            raise ConfigError(f"k must be between 1 and d_sae={self.d_sae}, got {self.k}; lower k or raise d_sae")
+        if self.aux_coefficient < 0:
+            raise ConfigError(f"aux_coefficient must not be negative, got {self.aux_coefficient}; usual is 1/32")
+        if self.k_aux is not None and self.k_aux < 1:
+            raise ConfigError(f"k_aux must be at least 1, got {self.k_aux}; leave it out for d_in / 2")
+
+
+class TopK(SAE):
+    cfg: TopKConfig
+
+    def __init__(self, cfg: TopKConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__(cfg, d_in, generator=generator)
+
+    def encode(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations, dense; equal pre-activations at the border go to the lower index.
+
+        Raises:
+            ShapeError: ``acts`` has another width than the SAE reads.
+        """
+        top = self.encode_sparse(self._checked(acts).reshape(-1, self.d_in))
+        feature_acts = top.top_acts.new_zeros(len(top.top_acts), self.d_sae).scatter(1, top.top_indices, top.top_acts)
+        return feature_acts.view(*acts.shape[:-1], self.d_sae)
+
+    def encode_sparse(self, acts: Float[Tensor, "batch d_in"]) -> SparseActs:
+        """The k features of each token, largest first."""
+        return SparseActs(*encode_topk(self._checked(acts) - self.b_dec, self.encoder, self.b_enc, self.cfg.k))
+
+    def decode_sparse(self, top: SparseActs) -> Float[Tensor, "batch d_out"]:
+        """The reconstruction from the sparse form."""
+        return sparse_decode(top.top_acts, top.top_indices, self.W_dec, self.b_dec)
+
+    def forward(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction; no dense feature activations are made on the way."""
+        return self._autoencode(self._checked(acts).reshape(-1, self.d_in)).recon.view(acts.shape)
+
+    @torch.no_grad()
+    def sparse_codes(self, acts: Float[Tensor, "batch d_in"]) -> SparseCodes:
+        """The active features of each row. NaN counts as active, so that it does not vanish."""
+        top = self.encode_sparse(acts)
+        features, order = top.top_indices.sort(dim=1)
+        values = top.top_acts.gather(1, order)
+        active = values != 0
+        rows = torch.arange(len(acts), device=acts.device)[:, None].expand_as(features)
+        return SparseCodes(rows[active], features[active], values[active])
+
+    def training_loss(
+        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+    ) -> SAELoss:
+        """Squared error divided by d_in, plus the auxiliary loss for the features of ``dead``."""
+        recon, top_acts, top_indices = self._autoencode(self._checked(acts))
+        error = recon - acts
+        reconstruction = error.pow(2).mean()
+        k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
+        revived = dead if self.cfg.aux_coefficient else None
+        aux = self.cfg.aux_coefficient * auxk_loss(self, acts, -error, revived, k_aux=k_aux)
+        active = top_acts.detach() > 0
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=acts.device)
+        fired[top_indices[active]] = True
+        return SAELoss(
+            total=reconstruction + aux,
+            reconstruction=reconstruction.detach(),
+            sparsity=torch.zeros_like(reconstruction.detach()),
+            aux=aux.detach(),
+            fired=fired,
+            l0=active.sum(dtype=acts.dtype) / len(acts),
+        )
+
+    def _autoencode(self, acts: Float[Tensor, "batch d_in"]) -> Autoencoded:
+        return autoencode_topk(acts, self.encoder, self.b_enc, self.W_dec, self.b_dec, self.cfg.k)

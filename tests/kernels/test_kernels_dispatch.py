@@ -1,0 +1,84 @@
+"""Which path runs, and that it says why."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from saelab_kernels import candidate_gemm, choose, dispatch
+
+CPU = torch.device("cpu")
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+@pytest.mark.parametrize(("asked", "n_features", "k", "name", "reason"), [
+    ("auto", 4608, 32, "cpu", "on the CPU"),
+    ("auto", 64, 32, "reference", "dense is faster"),
+    ("reference", 4608, 32, "reference", "SAELAB_KERNELS=reference"),
+    ("cpu", 64, 32, "cpu", "SAELAB_KERNELS=cpu"),
+])
+def test_the_choice_follows_the_environment_and_the_shape(asked, n_features, k, name, reason, monkeypatch):
+    monkeypatch.setenv("SAELAB_KERNELS", asked)
+    choice = choose(CPU, n_features=n_features, k=k)
+    assert choice.name == name
+    assert reason in choice.reason
+
+
+def test_without_a_setting_the_choice_is_automatic(monkeypatch):
+    monkeypatch.delenv("SAELAB_KERNELS", raising=False)
+    assert choose(CPU, n_features=4608, k=32).name == "cpu"
+    assert choose(torch.device("cuda"), n_features=4608, k=32) == ("reference", "there is no tuned path for cuda")
+
+
+def test_an_unknown_path_and_the_cpu_path_for_another_device_are_refused(monkeypatch):
+    monkeypatch.setenv("SAELAB_KERNELS", "fast")
+    with pytest.raises(ValueError, match="must be one of auto, reference, cpu, got 'fast'"):
+        choose(CPU, n_features=4608, k=32)
+    monkeypatch.setenv("SAELAB_KERNELS", "cpu")
+    with pytest.raises(ValueError, match="the tensors are on cuda"):
+        choose(torch.device("cuda"), n_features=4608, k=32)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "name"), [((1.0, 3.0), "bfloat16"), ((1.0, 1.0), "float32"), ((9.0, 1.0), "float32")]
+)
+def test_candidates_use_bfloat16_only_where_it_was_measured_to_be_faster(seconds, name, monkeypatch):
+    times = dict(zip((torch.bfloat16, torch.float32), seconds, strict=True))
+    monkeypatch.setattr(dispatch, "_matmul_seconds", times.get)
+    candidate_gemm.cache_clear()
+    try:
+        choice = candidate_gemm()
+    finally:
+        candidate_gemm.cache_clear()
+    assert choice.name == name
+    assert f"{seconds[1] / seconds[0]:.1f}x" in choice.reason
+
+
+def test_the_measurement_is_made_once_a_process(monkeypatch):
+    first = candidate_gemm()
+    monkeypatch.setattr(dispatch, "_matmul_seconds", lambda dtype: pytest.fail("measured again"))
+    assert candidate_gemm() == first
+
+
+def test_a_fallback_states_its_reason_once(caplog, monkeypatch):
+    monkeypatch.delenv("SAELAB_KERNELS", raising=False)
+    dispatch._stated.cache_clear()
+    with caplog.at_level(logging.INFO, logger="saelab_kernels.dispatch"):
+        for _ in range(3):
+            choose(CPU, n_features=20, k=19)
+    assert [record.message for record in caplog.records if "k=19" in record.message] == [
+        "saelab_kernels uses reference: k=19 is more than 0.125 of 20 features: dense is faster"]
+
+
+def test_the_kernels_warn_about_nothing_and_need_torch_and_numpy_alone():
+    code = ("import sys, torch, saelab_kernels as sk; W = torch.randn(300, 8); "
+            "sk.encode_topk(torch.randn(4, 8), W, torch.zeros(300), 5); "
+            "sys.exit('saelab' in sys.modules or 'jaxtyping' in sys.modules or 'scipy' in sys.modules)")
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=KERNELS, env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
