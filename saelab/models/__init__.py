@@ -1,0 +1,1 @@
+"""Language models: loading, hook names, edits that undo themselves, generation, a demo model and a tiny one."""
