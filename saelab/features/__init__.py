@@ -1,0 +1,1 @@
+"""What each feature does: an index built once from cached activations, read by pages, notebooks and search."""
