@@ -39,7 +39,7 @@ def main() -> None:
     """Entry point: 0 when all went well, 2 for what the user can mend, 130 after Ctrl-C; no traceback for these."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name="saelab")
     except Interrupted as error:
         _fail(str(error), code=130)
     except KeyboardInterrupt:

@@ -93,7 +93,7 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str]) -> str:
     return "\n".join([line(header), *map(line, rows)])
 
 
-def human_bytes(n: float) -> str:
+def human_bytes(n: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit in ("B", "kB") else f"{n:.1f} {unit}"
@@ -101,7 +101,7 @@ def human_bytes(n: float) -> str:
     return f"{n:.1f} TB"
 
 
-def human_seconds(seconds: float) -> str:
+def human_seconds(seconds: int | float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

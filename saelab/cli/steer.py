@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from saelab.cli.console import AsJson, Device, emit, progress_bar, say, table
-from saelab.errors import ConfigError
+from saelab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from saelab.interp.steering import Mode
     from saelab.interp.steering_record import RecordConfig
 
 
@@ -100,7 +101,7 @@ def steered_and_not(
     from saelab.sae.io import load_sae
 
     sae = load_sae(run)
-    targets = [sae.feature(i) for i in features]
+    edits = steering.as_edits([sae.feature(i) for i in features], strength=strength, mode=checked(mode), value=value)
     model = load_model(sae.metadata.model_name, device=device)
     text = model.chat([{"role": "user", "content": prompt}]) if chat else prompt
 
@@ -108,7 +109,7 @@ def steered_and_not(
         return model.generate(text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
     unsteered = written()
-    with steering.steer(model, targets, strength=strength, mode=mode, value=value):  # type: ignore[arg-type]
+    with steering.steer(model, edits):
         steered = written()
     return {
         "prompt": prompt,
@@ -119,6 +120,20 @@ def steered_and_not(
         "unsteered": unsteered,
         "steered": steered,
     }
+
+
+def checked(mode: str) -> Mode:
+    """``mode`` if there is one of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from saelab.interp.steering import Mode
+
+    for known in get_args(Mode):
+        if mode == known:
+            return known
+    raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}; {nearest(mode, get_args(Mode))}")
 
 
 def run_record(

@@ -89,15 +89,29 @@ def steer(
     Raises:
         ConfigError: the mode and its number do not go together, or the model has no such hook.
     """
-    targets = [target] if isinstance(target, (Feature, Edit)) else list(target)
-    edits = [t if isinstance(t, Edit) else _edit(t, strength=strength, mode=mode, value=value) for t in targets]
     by_hook: dict[str, list[Delta]] = {}
-    for edit in edits:
+    for edit in as_edits(target, strength=strength, mode=mode, value=value):
         by_hook.setdefault(edit.hook_name, []).append(edit.delta)
     with ExitStack() as stack:
         for hook_name, deltas in by_hook.items():
             stack.enter_context(model.edit(hook_name, _adding(deltas)))
         yield model
+
+
+def as_edits(
+    target: Feature | Edit | Sequence[Feature | Edit],
+    *,
+    strength: float | None = None,
+    mode: Mode = "add",
+    value: float | None = None,
+) -> list[Edit]:
+    """The edits that ``steer`` makes of its arguments; needs no model, so it finds mistakes early.
+
+    Raises:
+        ConfigError: the mode and its number do not go together.
+    """
+    targets = [target] if isinstance(target, (Feature, Edit)) else target
+    return [t if isinstance(t, Edit) else _edit(t, strength=strength, mode=mode, value=value) for t in targets]
 
 
 def _edit(feature: Feature, *, strength: float | None, mode: Mode, value: float | None) -> Edit:

@@ -1,0 +1,56 @@
+"""How features are named in tables and headings, the same on every page."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import saelab as sl
+from saelab_explorer.figures import visible
+
+
+class Part(NamedTuple):
+    """A piece of a label: a word of ours, or a token, which is drawn as a chip."""
+
+    text: str
+    is_token: bool
+
+
+#: Tokens and pairs named in a label; dots stand for the rest of its rule.
+N_NAMED = 4
+
+
+def label_parts(index: sl.FeatureIndex, feature: int) -> list[Part]:
+    """The label of a feature, its tokens apart from its words; spellings that differ by case or space stand once."""
+    label, vocabulary = index.label(feature), index.vocabulary
+    distinct: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for item in label.rule:
+        texts = tuple(vocabulary[token] for token in item if token is not None)
+        distinct.setdefault(tuple(text.strip().casefold() or text for text in texts), texts)
+    if not distinct:
+        return [Part(visible(label.text) or "no label", False)]
+    parts = [Part("after", False)] if label.rule[0].token is None else []
+    for n, texts in enumerate(list(distinct.values())[:N_NAMED]):
+        if len(texts) == 2:
+            parts += [Part(",", False)] * (n > 0) + [Part(visible(texts[0]), True), Part("→", False)]
+        parts.append(Part(visible(texts[-1]), True))
+    return parts + ([Part("…", False)] if len(distinct) > N_NAMED else [])
+
+
+def label_line(index: sl.FeatureIndex, feature: int) -> str:
+    """The label on one line of plain text."""
+    return visible(index.label(feature).text) or "no label"
+
+
+def label_cell(index: sl.FeatureIndex, feature: int) -> list[list[Any]]:
+    """The label for a table's cell."""
+    return [list(part) for part in label_parts(index, feature)]
+
+
+def share_cell(share: float | None, text: str | None = None) -> dict[str, Any] | None:
+    """A share from 0 to 1 as a number with a bar, or an empty cell."""
+    return None if share is None else {"share": share, "text": text or f"{100 * share:.0f} %"}
+
+
+def effect_is_clear(index: sl.FeatureIndex, feature: int) -> bool:
+    """Whether the index names tokens that the feature promotes, which it does only where one stands out."""
+    return bool(index.column("promoted")[feature])

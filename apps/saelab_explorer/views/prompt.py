@@ -1,0 +1,197 @@
+"""Prompt: type a text and see which features fire on it, token by token."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal, NamedTuple
+
+import streamlit as st
+
+import saelab as sl
+from saelab_explorer import address, frame, live, prompt_text, snippets
+from saelab_explorer.components.table import Column, FeatureRow, TableClick, feature_table
+from saelab_explorer.components.tokens import TokenClick, TokenRow, token_strip
+from saelab_explorer.figures import percent, plural
+from saelab_explorer.labels import label_cell, label_line, label_parts, share_cell
+
+MAX_TOKENS = 256
+MAX_CHARS = 4000
+
+#: Features listed for the text, and for one token.
+N_RANKED, N_AT_TOKEN = 30, 12
+
+#: Share of all tokens above which a feature is left out, because it says little about any text.
+DENSE = 0.1
+
+Ranking = Literal["max", "sum", "count"]
+RANKINGS: dict[Ranking, str] = {"max": "strongest", "sum": "sum", "count": "tokens"}
+
+
+class Reading(NamedTuple):
+    """A text that was run, and how long it took."""
+
+    run: str
+    text: str
+    codes: sl.TextCodes
+    ms: float
+
+
+def show() -> None:
+    run = frame.run()
+    feature = _feature_of_address()
+    frame.show_address(address.feature_query(run.name, feature) if feature is not None else None)
+    sae_path = frame.require("sae", "There is no trained SAE yet")
+    live.started(sae_path)  # loads while the reader types
+    index = frame.index()
+    if feature is not None and feature >= index.n_features:
+        sentence = f"There is no feature {feature}; the index holds 0 to {index.n_features - 1}"
+        frame.dead_end(sentence, frame.PROMPT, "Read the text without it", {"run": run.name})
+    sub = f"Which features fire on a text of your own, at {index.hook_name}"
+    snippets.draw(snippets.heading("Prompt", kicker=run.name, sub=sub))
+    _form()
+    reading = _read(live.ready(sae_path), prompt_text.text())
+    left, right = st.columns([5, 4], gap="large")
+    with right:
+        ranked = _ranked(index, reading)
+    if not ranked and feature is None:
+        return
+    chosen = feature if feature is not None else ranked[0]
+    with left:
+        _at_token(index, reading, _coloured_text(index, reading, chosen))
+    with right:
+        _features(index, reading, ranked, chosen)
+
+
+def _feature_of_address() -> int | None:
+    text = st.query_params.get("feature", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _form() -> None:
+    st.session_state["typed"] = prompt_text.text()
+    with st.form("prompt", border=False):
+        st.text_area(
+            "Text",
+            key="typed",
+            height=90,
+            max_chars=MAX_CHARS,
+            label_visibility="collapsed",
+            placeholder="Type or paste a text",
+        )
+        st.form_submit_button("Read features", type="primary", on_click=_submit)
+
+
+def _submit() -> None:
+    prompt_text.keep(st.session_state["typed"])
+    st.session_state.pop("token", None)
+    st.query_params.from_dict({"run": frame.run().name})
+
+
+def _read(ready: live.Live, text: str) -> Reading:
+    """Run the model on ``text``, unless it was the last text already."""
+    last = st.session_state.get("reading")
+    if last is not None and (last.run, last.text) == (frame.run().name, text):
+        return last
+    start = time.perf_counter()
+    with st.spinner("Running the model…"):
+        codes = sl.encode_text(ready.model, ready.sae, text, max_tokens=MAX_TOKENS)
+    reading = Reading(frame.run().name, text, codes, 1000 * (time.perf_counter() - start))
+    st.session_state["reading"] = reading
+    return reading
+
+
+def _ranked(index: sl.FeatureIndex, reading: Reading) -> list[int]:
+    """The features of the text, best first, by the order and the filter that stand above the table."""
+    snippets.draw(snippets.section("Features in this text"))
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        by = st.segmented_control(
+            "Order by",
+            list(RANKINGS),
+            default="max",
+            format_func=RANKINGS.__getitem__,
+            key="ranking",
+            label_visibility="collapsed",
+            required=True,
+        )
+        only_rare = st.toggle(
+            "Hide dense", value=True, key="hide_dense", help=f"Those on over {percent(DENSE)} of tokens"
+        )
+    hits = sl.rank_features(reading.codes, index, n=N_RANKED, by=by or "max", max_density=DENSE if only_rare else None)
+    if not hits:
+        why = "Only dense features fire on this text; switch off “Hide dense” to see them."
+        snippets.draw(snippets.empty("No feature is left", why))
+    return [hit.feature for hit in hits]
+
+
+def _coloured_text(index: sl.FeatureIndex, reading: Reading, feature: int) -> int:
+    """Draw the text in one feature's colours; the token whose features are listed: clicked, else the strongest."""
+    codes = reading.codes
+    acts = codes.acts_of(feature)
+    peak = max(range(len(acts)), key=acts.__getitem__)
+    label = snippets.label_markup(label_parts(index, feature))
+    snippets.draw(snippets.section_of(f"Feature {feature}", label))
+    kept = st.session_state.get("token")
+    token = kept if isinstance(kept, int) and kept < len(acts) else peak
+    row = TokenRow(codes.tokens, acts, peak if any(acts) else -1, first=1, tips=_tips(index, codes))
+    largest = float(index.column("max")[feature])
+    clicked = token_strip([row], key="text", max_act=max(largest, *acts), size="large", chosen=TokenClick(0, token))
+    fired = plural(sum(act > 0 for act in acts), "token")
+    note = f"On {fired} of {len(acts)}, at most {max(acts):.2f}; its maximum in the index is {largest:.2f}. "
+    snippets.draw(snippets.note(note + f"Read in {reading.ms:.0f} ms."))
+    if clicked is None:
+        return token
+    st.session_state["token"] = clicked.i
+    return clicked.i
+
+
+def _tips(index: sl.FeatureIndex, codes: sl.TextCodes) -> list[str]:
+    """For the tooltip of each token: its strongest feature that is not dense."""
+    density = index.column("density")
+
+    def tip(i: int) -> str:
+        best = next(((feature, act) for feature, act in codes.at(i) if density[feature] <= DENSE), None)
+        return f"{best[0]}  {best[1]:.2f}  {label_line(index, best[0])[:60]}" if best else "dense features only"
+
+    return [tip(i) for i in range(len(codes.tokens))]
+
+
+def _at_token(index: sl.FeatureIndex, reading: Reading, token: int) -> None:
+    active = reading.codes.at(token)
+    title = snippets.token(reading.codes.tokens[token])
+    snippets.draw(snippets.section_of(title, f"{plural(len(active), 'feature')} on this token"))
+    strongest = max((act for _, act in active), default=1.0)
+    rows = [_row(index, feature, share_cell(act / strongest, f"{act:.2f}")) for feature, act in active[:N_AT_TOKEN]]
+    bar = Column("Activation", "bar", help="On this token; bars compare with the strongest feature here")
+    _follow(feature_table((*_NAMES, bar, _DENSITY), rows, key="at_token", run=frame.run().name, pick=True))
+
+
+def _features(index: sl.FeatureIndex, reading: Reading, ranked: list[int], chosen: int) -> None:
+    most = {feature: max(reading.codes.acts_of(feature)) for feature in ranked}
+    rows = [
+        _row(index, f, share_cell(most[f] / max(float(index.column("max")[f]), most[f]), f"{most[f]:.2f}"))
+        for f in ranked
+    ]
+    bar = Column("Activation", "bar", help="Largest on this text; bars are shares of each feature's own maximum")
+    columns = (*_NAMES, bar, _DENSITY)
+    _follow(feature_table(columns, rows, key="in_text", run=frame.run().name, pick=True, chosen=chosen))
+
+
+_NAMES = (Column("Feature", "feature"), Column("Label", "label"))
+_DENSITY = Column("Density", "number", priority=3, help="Share of all indexed tokens on which it fires")
+
+
+def _row(index: sl.FeatureIndex, feature: int, bar: object) -> FeatureRow:
+    density = percent(float(index.column("density")[feature]))
+    return FeatureRow(feature, (feature, label_cell(index, feature), bar, density))
+
+
+def _follow(clicked: TableClick) -> None:
+    """A click on a row colours the text by its feature, a click on the number opens the feature."""
+    if clicked.open is not None:
+        frame.open_feature(clicked.open)
+    if clicked.pick is not None:
+        st.query_params.from_dict(address.feature_query(frame.run().name, clicked.pick))
+        st.rerun()
+
+
+show()
