@@ -49,8 +49,3 @@ def label_cell(index: sl.FeatureIndex, feature: int) -> list[list[Any]]:
 def share_cell(share: float | None, text: str | None = None) -> dict[str, Any] | None:
     """A share from 0 to 1 as a number with a bar, or an empty cell."""
     return None if share is None else {"share": share, "text": text or f"{100 * share:.0f} %"}
-
-
-def effect_is_clear(index: sl.FeatureIndex, feature: int) -> bool:
-    """Whether the index names tokens that the feature promotes, which it does only where one stands out."""
-    return bool(index.column("promoted")[feature])

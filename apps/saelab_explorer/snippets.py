@@ -53,7 +53,7 @@ def section(title: str, note: str = "") -> str:
 
 def section_of(title_markup: str, note_markup: str = "") -> str:
     """A heading inside a page, with tokens or labels in it."""
-    return _tag("h2", title_markup + (_tag("span", note_markup) if note_markup else ""), "sx-section")
+    return _tag("h2", title_markup + (" " + _tag("span", note_markup) if note_markup else ""), "sx-section")
 
 
 def note(text: str) -> str:

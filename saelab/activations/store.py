@@ -193,14 +193,8 @@ class ActivationStore:
 
     def gather(self, hook_name: str, positions: Int64[np.ndarray, " n"]) -> Float[Tensor, "n d_in"]:
         """Activations at flat positions (row x context + place), in the store's dtype."""
-        name = f"acts.{self.check_hook(hook_name)}"
         rows, places = np.divmod(positions, self.context)
-        out = torch.empty(len(positions), self.d_in(hook_name), dtype=DTYPES[self.manifest.dtype])
-        for shard, where, local_rows in self._by_shard(rows):
-            flat = self._shard(shard)[name].flatten(0, 1)
-            local = torch.from_numpy(local_rows * self.context + places[where])
-            out[torch.from_numpy(where)] = flat.index_select(0, local)
-        return out
+        return self._take(f"acts.{self.check_hook(hook_name)}", rows, places)
 
     @functools.cached_property
     def documents(self) -> tuple[DocumentRecord, ...]:
@@ -213,18 +207,17 @@ class ActivationStore:
         """[n_rows] bool."""
         return torch.cat([self._shard(i)["held_out"] for i in range(len(self.manifest.shards))]).numpy() != 0
 
-    def _take(self, name: str, rows: np.ndarray) -> Tensor:
-        parts = [
-            (where, self._shard(shard)[name].index_select(0, torch.from_numpy(local)))
-            for shard, where, local in self._by_shard(rows)
-        ]
-        if len(parts) == 1:
-            return parts[0][1]
+    def _take(self, name: str, rows: np.ndarray, places: np.ndarray | None = None) -> Tensor:
+        """Whole rows of a tensor, or one place of each."""
+        # by numpy, whose copies are single-threaded: torch wakes all cores to share a copy that is bound by memory,
+        # and waits for every one of them, for 100 ms and more where training keeps them busy
         whole = self._shard(0)[name]
-        out = torch.empty(len(rows), *whole.shape[1:], dtype=whole.dtype)
-        for where, part in parts:
-            out[torch.from_numpy(where)] = part
-        return out
+        bits = _bits(whole)
+        out = np.empty((len(rows), *bits.shape[1 if places is None else 2 :]), bits.dtype)
+        for shard, where, local in self._by_shard(rows):
+            bits = _bits(self._shard(shard)[name])
+            out[where] = bits[local] if places is None else bits[local, places[where]]
+        return torch.from_numpy(out).view(whole.dtype)
 
     def _by_shard(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(shard, where its rows stand in ``rows``, their numbers inside the shard)."""
@@ -306,6 +299,11 @@ def map_shard(file: Path) -> dict[str, Tensor]:
             return {name: shard.get_tensor(name) for name in shard.keys()}    # noqa: SIM118 (it is no dict)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file} is damaged or gone ({error}); capture again") from error
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as numpy sees it; numpy has no bfloat16."""
+    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _check_size(file: Path, n_bytes: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.numpy import save_file
 
 from saelab import atomic, rundir
@@ -54,7 +54,7 @@ class Corpus(NamedTuple):
         return (self.rows[:, None] * self.context + np.arange(self.context)).reshape(-1)
 
 
-class Block(NamedTuple):
+class Described(NamedTuple):
     """What the pairs of a block of features give; arrays by feature."""
 
     statistics: statistics.Statistics
@@ -63,9 +63,27 @@ class Block(NamedTuple):
     windows: examples.Windows
     n_clear: Int[np.ndarray, " features"]
     n_clear_held_out: Int[np.ndarray, " features"]
-    token_ids: Int[np.ndarray, "features kept"]
-    token_fired: Int[np.ndarray, "features kept"]
+    tokens: label.Specific
     rules: tuple[label.Rules, ...]
+
+
+class Related(NamedTuple):
+    """What the decoder's directions give, and co-activation."""
+
+    by_cosine: neighbours.Nearest
+    by_coactivation: neighbours.Nearest
+    n_coactivation_tokens: int
+    effects: logits.LogitTable
+    how: str
+    """How the effects were computed, or why there are none."""
+
+
+class Written(NamedTuple):
+    """The words: what the table says of every feature."""
+
+    labels: list[Label]
+    promotes: list[str]
+    top_tokens: list[str]
 
 
 def build(
@@ -82,11 +100,12 @@ def build(
 ) -> None:
     """Write the index of ``sae`` over ``store`` into the empty or absent directory ``out``.
 
-    Needs about 60 bytes of memory for each pair of the largest block, 8 bytes of disk for each pair while it runs, and
-    12 bytes of memory for each example's token (features x (n_examples + n_intervals x per_interval) x window).
+    Memory: about 100 bytes for each pair of the largest block, 24 for each indexed token, and 8 for each token of an
+    example's window (features x (n_examples + n_intervals x per_interval) x window). Disk, while it runs: 8 bytes for
+    each pair.
 
     Raises:
-        ArtifactError: ``out`` is in use, the disk is full, or the store does not hold the SAE's hook or model.
+        ArtifactError: ``out`` is in use, the disk is full, or the store does not hold the SAE's hook.
         ShapeError: the SAE reads another width than the store holds.
     """
     hook_name = sae.metadata.hook_name
@@ -94,68 +113,24 @@ def build(
     parents = {"activations": store.path} | ({"sae": sae_path} if sae_path else {})
     stage = rundir.StageWriter.create(out, stage="index", config=configs.to_mapping(settings), parents=parents)
     corpus = _corpus(store, settings.max_tokens)
+    views, split = label.views(corpus.tokens, model.d_vocab), label.halves(corpus.docs, seed=settings.seed)
     with tempfile.TemporaryDirectory(prefix="codes.part-", dir=out) as folder:
-        pairs = codes.encode(sae, store, corpus.rows, Path(folder), hook_name=hook_name, chunk_rows=chunk_rows, progress=progress)
-        d_vocab = model.d_vocab
-        blocks, n_done = [], 0
-        views, split = label.views(corpus.tokens, d_vocab), label.halves(corpus.docs, seed=settings.seed)
-        for low, high in codes.blocks(pairs.n_fired, max_pairs=block_pairs):
-            blocks.append(_block(codes.by_feature(pairs, low, high), low, corpus, views, split, settings))
-            n_done = high
+        found = codes.encode(
+            sae, store, corpus.rows, Path(folder), hook_name=hook_name, chunk_rows=chunk_rows, progress=progress
+        )
+        blocks = []
+        for low, high in codes.blocks(found.n_fired, max_pairs=block_pairs):
+            blocks.append(_describe(codes.by_feature(found, low, high), low, corpus, views, split, settings))
             if progress:
-                progress(n_done, len(pairs.n_fired), "features described")
-        sample = neighbours.coactivation_sample(pairs, corpus.store_positions(), seed=settings.seed)
-        by_coactivation = neighbours.by_coactivation(pairs, sample, n=settings.n_neighbours)
-    found: Block = _joined(blocks)
-    W_dec, W_U = sae.W_dec.detach(), model.unembed[:, :d_vocab]
-    by_cosine = neighbours.by_cosine(W_dec, n=settings.n_neighbours)
-    no_table = logits.why_no_table(hook_name, W_dec.shape[1], W_U.shape[0])
-    table = (
-        logits.empty_table(len(W_dec), settings.n_logits)
-        if no_table
-        else logits.logit_table(W_dec, W_U, model.final_norm_scale(), n=settings.n_logits)
-    )
-    vocabulary = model.str_tokens(list(range(d_vocab)))
-    promotes = [
-        label.listed([vocabulary[t] for t in ids if t >= 0]) if z > table.noise_z else ""
-        for ids, z in zip(table.promoted_ids.tolist(), table.z.tolist(), strict=True)
-    ]
-    labels = label.write_labels(
-        list(zip(views, found.rules, strict=True)),
-        found.n_clear_held_out,
-        found.statistics.n_fired,
-        promotes,
-        vocabulary,
-    )
-    top_tokens = _top_tokens(found.positions[:, : settings.n_examples], corpus.tokens, vocabulary)
-    store_positions = np.append(corpus.store_positions(), -1)   # an empty slot, -1, stays -1
-    docs = np.append(corpus.docs.reshape(-1), -1)[found.positions].astype(np.int32)
-    _save(out / "examples.safetensors", {
-        "positions": store_positions[found.positions],
-        "token_ids": found.windows.token_ids,
-        "acts": found.windows.acts,
-        "peaks": found.windows.peaks.astype(np.int16),
-        "docs": docs,
-    })
-    _save(out / "logits.safetensors", {name: getattr(table, name) for name in table._fields if name.endswith(("_ids", "_effects"))})
-    _save(out / "neighbours.safetensors", {
-        f"{by}_{name}": getattr(nearest, name)
-        for by, nearest in (("cosine", by_cosine), ("coactivation", by_coactivation))
-        for name in nearest._fields
-    })
-    _save(out / "histograms.safetensors", {"counts": found.statistics.histogram.astype(np.int64)})
-    _save(out / "tokens.safetensors", {
-        "token_ids": found.token_ids.astype(np.int32),
-        "n_fired": found.token_fired.astype(np.int32),
-        "n_occurrences": np.bincount(corpus.tokens[:, 1:].reshape(-1), minlength=d_vocab).astype(np.int64),
-    })
-    with atomic.replacing(out / index.TABLE) as file:
-        pq.write_table(_table(found, labels, promotes, table.z, top_tokens, corpus.n_tokens), file)
-    _write_text(out / "vocabulary.json", vocabulary)
-    _write_text(out / "titles.json", _titles(store, docs))
+                progress(high, len(found.n_fired), "features described")
+        described: Described = _joined(blocks)
+        related = _relate(sae, model, found, corpus, settings, progress)
+    vocabulary = model.str_tokens(list(range(model.d_vocab)))
+    written = _write_words(described, related, views, corpus, vocabulary, settings)
+    _save_all(out, described, related, written, corpus, store, vocabulary)
     manifest = index.IndexManifest(
         schema=index.SCHEMA,
-        n_features=len(W_dec),
+        n_features=len(written.labels),
         n_tokens=corpus.n_tokens,
         n_rows=len(corpus.rows),
         context=corpus.context,
@@ -163,12 +138,12 @@ def build(
         model_name=store.manifest.model.name,
         model_sha256=store.manifest.model.sha256,
         hook_name=hook_name,
-        d_vocab=d_vocab,
+        d_vocab=len(vocabulary),
         sae_sha256=rundir.fingerprint(sae_path) if sae_path else None,
         activations_sha256=rundir.fingerprint(store.path),
-        n_coactivation_tokens=len(sample),
-        logits=no_table or logits.DIRECT,
-        logit_z_noise=table.noise_z,
+        n_coactivation_tokens=related.n_coactivation_tokens,
+        logits=related.how,
+        logit_z_noise=related.effects.noise_z,
         files=tuple(_entry(out / name) for name in (index.TABLE, *index.TENSORS, *index.TEXTS)),
     )
     atomic.write_json(out / "index.json", configs.to_mapping(manifest))
@@ -177,10 +152,13 @@ def build(
 
 def _check_fit(sae: SAE, store: ActivationStore, hook_name: str) -> None:
     if hook_name not in store.hook_names:
-        raise ArtifactError(f"the SAE reads {hook_name}, but {store.path} holds {', '.join(store.hook_names)}; give other activations")
+        held = ", ".join(store.hook_names)
+        raise ArtifactError(f"the SAE reads {hook_name}, but {store.path} holds {held}; give other activations")
     d_in = store.d_in(hook_name)
     if d_in != sae.d_in:
-        raise ShapeError(f"the SAE reads vectors of {sae.d_in}, but {hook_name} in {store.path} has {d_in}; give other activations")
+        raise ShapeError(
+            f"the SAE reads vectors of {sae.d_in}, but {hook_name} in {store.path} has {d_in}; give other activations"
+        )
 
 
 def _corpus(store: ActivationStore, max_tokens: int | None) -> Corpus:
@@ -191,9 +169,15 @@ def _corpus(store: ActivationStore, max_tokens: int | None) -> Corpus:
     return Corpus(rows, np.asarray(store.tokens(rows), np.int32), np.asarray(store.docs(rows), np.int32))
 
 
-def _block(
-    pairs: codes.Pairs, low: int, corpus: Corpus, views: tuple[label.View, ...], split: label.Halves, settings: IndexConfig
-) -> Block:
+def _describe(
+    pairs: codes.Pairs,
+    low: int,
+    corpus: Corpus,
+    views: tuple[label.View, ...],
+    split: label.Halves,
+    settings: IndexConfig,
+) -> Described:
+    """The features of a block, whose first has number ``low``."""
     stats = statistics.feature_statistics(pairs, n_bins=settings.n_bins)
     top = examples.top_positions(pairs, context=corpus.context, n=settings.n_examples)
     sampled = examples.interval_positions(
@@ -208,18 +192,17 @@ def _block(
     positions = np.concatenate([top, sampled.reshape(len(top), -1)], axis=1)
     clear, rules = pairs.above(label.CLEAR * stats.max), []
     for view in views:
-        counts = label.count_firings(clear, view, split)
+        counts = label.count_firings(pairs, clear, view, split)
         rules.append(label.best_rules(counts))
         if view.kind == "token":
-            token_ids, token_fired = label.specific_items(counts, n=settings.n_tokens_kept)
-    return Block(
+            tokens = label.specific_items(counts, n=settings.n_tokens_kept)
+    return Described(
         statistics=stats,
         positions=positions,
         windows=examples.windows(pairs, positions, corpus.tokens, window=settings.window, after=settings.after),
         n_clear=clear.n_fired,
-        n_clear_held_out=counts.fired_held_out,   # the same in every view
-        token_ids=token_ids,
-        token_fired=token_fired,
+        n_clear_held_out=counts.total.held_out,   # the same in every view
+        tokens=tokens,
         rules=tuple(rules),
     )
 
@@ -233,20 +216,111 @@ def _joined(parts: list[Any]) -> Any:
     return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
 
 
-def _table(
-    found: Block,
-    labels: list[Label],
-    promotes: list[str],
-    logit_z: Float[np.ndarray, " features"],
-    top_tokens: list[str],
-    n_tokens: int,
-) -> pa.Table:
-    stats = found.statistics
+def _relate(
+    sae: SAE, model: Model, found: codes.Codes, corpus: Corpus, settings: IndexConfig, progress: Progress | None
+) -> Related:
+    def done(n: int) -> None:
+        if progress:
+            progress(n, 3, "neighbours and logits")
+
+    hook_name, W_dec, W_U = sae.metadata.hook_name, sae.W_dec.detach(), model.unembed[:, : model.d_vocab]
+    sample = neighbours.coactivation_sample(found, corpus.store_positions(), seed=settings.seed)
+    by_coactivation = neighbours.by_coactivation(found, sample, n=settings.n_neighbours)
+    done(1)
+    by_cosine = neighbours.by_cosine(W_dec, n=settings.n_neighbours)
+    done(2)
+    reason = logits.why_no_table(hook_name, W_dec.shape[1], W_U.shape[0])
+    if reason:
+        effects = logits.empty_table(len(W_dec), settings.n_logits)
+    else:
+        effects = logits.logit_table(W_dec, W_U, model.final_norm_scale(), n=settings.n_logits)
+    done(3)
+    return Related(by_cosine, by_coactivation, len(sample), effects, reason or logits.DIRECT)
+
+
+def _write_words(
+    described: Described,
+    related: Related,
+    views: tuple[label.View, ...],
+    corpus: Corpus,
+    vocabulary: list[str],
+    settings: IndexConfig,
+) -> Written:
+    effects = related.effects
+    promotes = [
+        label.listed([vocabulary[t] for t in ids if t >= 0]) if z > effects.noise_z else ""
+        for ids, z in zip(effects.promoted_ids.tolist(), effects.z.tolist(), strict=True)
+    ]
+    families = list(zip(views, described.rules, strict=True))
+    n_fired = described.statistics.n_fired
+    labels = label.write_labels(families, described.n_clear_held_out, n_fired, promotes, vocabulary)
+    top = described.positions[:, : settings.n_examples]
+    return Written(labels, promotes, _top_tokens(top, corpus.tokens, vocabulary))
+
+
+def _top_tokens(
+    positions: Int[np.ndarray, "features n"], tokens: Int[np.ndarray, "rows context"], vocabulary: list[str]
+) -> list[str]:
+    """The most frequent token at the peaks of each feature's examples, the first of equals; "" without examples."""
+    chosen = np.append(tokens.reshape(-1), -1)[positions]
+    n_equal = ((chosen[:, :, None] == chosen[:, None]) & (chosen >= 0)[:, :, None]).sum(2)
+    best = np.take_along_axis(chosen, n_equal.argmax(1)[:, None], 1)[:, 0]
+    return [vocabulary[t] if t >= 0 else "" for t in best]
+
+
+def _save_all(
+    out: Path,
+    described: Described,
+    related: Related,
+    written: Written,
+    corpus: Corpus,
+    store: ActivationStore,
+    vocabulary: list[str],
+) -> None:
+    # -1, an empty slot, picks the -1 at the end
+    store_positions = np.append(corpus.store_positions(), -1)[described.positions]
+    docs = np.append(corpus.docs.reshape(-1), -1)[described.positions].astype(np.int32)
+    windows, effects, tokens = described.windows, related.effects, described.tokens
+    _save(out / "examples.safetensors", {
+        "positions": store_positions,
+        "token_ids": windows.token_ids,
+        "acts": windows.acts,
+        "peaks": windows.peaks.astype(np.int16),
+        "docs": docs,
+    })
+    _save(out / "logits.safetensors", {
+        "promoted_ids": effects.promoted_ids,
+        "promoted_effects": effects.promoted_effects,
+        "suppressed_ids": effects.suppressed_ids,
+        "suppressed_effects": effects.suppressed_effects,
+    })
+    _save(out / "neighbours.safetensors", {
+        "cosine_features": related.by_cosine.features,
+        "cosine_scores": related.by_cosine.scores,
+        "coactivation_features": related.by_coactivation.features,
+        "coactivation_scores": related.by_coactivation.scores,
+    })
+    _save(out / "histograms.safetensors", {"counts": described.statistics.histogram.astype(np.int64)})
+    _save(out / "tokens.safetensors", {
+        "token_ids": tokens.items.astype(np.int32),
+        "n_fired": tokens.n_fired.astype(np.int32),
+        "n_clear": tokens.n_clear.astype(np.int32),
+        "n_occurrences": np.bincount(corpus.tokens[:, 1:].reshape(-1), minlength=len(vocabulary)).astype(np.int64),
+    })
+    with atomic.replacing(out / index.TABLE) as file:
+        pq.write_table(_table(described, effects, written, corpus.n_tokens), file)
+    _write_text(out / "vocabulary.json", vocabulary)
+    titles = {str(doc): store.documents[doc].title for doc in np.unique(docs[docs >= 0]).tolist()}
+    _write_text(out / "titles.json", titles)
+
+
+def _table(described: Described, effects: logits.LogitTable, written: Written, n_tokens: int) -> pa.Table:
+    stats, labels = described.statistics, written.labels
     return pa.table({
         "feature": np.arange(len(labels), dtype=np.int32),
         "density": stats.n_fired / n_tokens,
         "n_fired": stats.n_fired,
-        "n_clear": found.n_clear,
+        "n_clear": described.n_clear,
         "max": stats.max,
         "mean": stats.mean.astype(np.float32),
         "q50": stats.quantiles[:, 0].astype(np.float32),
@@ -260,22 +334,10 @@ def _table(
         "label_n_held_out": pa.array([each.n_held_out for each in labels], pa.int64()),
         "rule_previous": pa.array([[item.previous for item in each.rule] for each in labels], pa.list_(pa.int32())),
         "rule_token": pa.array([[item.token for item in each.rule] for each in labels], pa.list_(pa.int32())),
-        "promoted": promotes,
-        "logit_z": logit_z,
-        "top_token": top_tokens,
+        "promoted": written.promotes,
+        "logit_z": effects.z,
+        "top_token": written.top_tokens,
     })
-
-
-def _top_tokens(positions: Int[np.ndarray, "features n"], tokens: Int[np.ndarray, "rows context"], vocabulary: list[str]) -> list[str]:
-    """The most frequent token at the peaks of each feature's top examples, the strongest of equals; "" without examples."""
-    chosen = np.append(tokens.reshape(-1), -1)[positions]
-    n_equal = ((chosen[:, :, None] == chosen[:, None]) & (chosen >= 0)[:, :, None]).sum(2)
-    best = np.take_along_axis(chosen, n_equal.argmax(1)[:, None], 1)[:, 0]
-    return [vocabulary[t] if t >= 0 else "" for t in best]
-
-
-def _titles(store: ActivationStore, docs: Int[np.ndarray, "features slots"]) -> dict[str, str]:
-    return {str(doc): store.documents[doc].title for doc in np.unique(docs[docs >= 0]).tolist()}
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -285,7 +347,7 @@ def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _write_text(path: Path, value: Mapping[str, str] | list[str]) -> None:
     """Compact JSON: a vocabulary has tens of thousands of entries."""
-    atomic.write_bytes(path, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
+    atomic.write_bytes(path, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 def _entry(path: Path) -> index.FileEntry:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from saelab.errors import ConfigError
 
+_COUNTS = (
+    "n_examples", "window", "n_intervals", "per_interval", "n_logits", "n_neighbours", "n_tokens_kept", "n_bins",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
@@ -35,10 +39,10 @@ class IndexConfig:
     """Seed of the interval samples and of the split into fitting and scoring documents."""
 
     def __post_init__(self) -> None:
-        for name in ("n_examples", "window", "n_intervals", "per_interval", "n_logits", "n_neighbours", "n_tokens_kept", "n_bins"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
         if not 0 <= self.after < self.window:
             raise ConfigError(f"after must be between 0 and window-1={self.window - 1}, got {self.after}; lower it")
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}; raise it, or leave it out to read the whole store")
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}; raise it, or leave it out")

@@ -53,11 +53,13 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 TABLE = "features.parquet"
-TENSORS = ("examples.safetensors", "logits.safetensors", "neighbours.safetensors", "histograms.safetensors", "tokens.safetensors")
+TENSORS = tuple(f"{name}.safetensors" for name in ("examples", "logits", "neighbours", "histograms", "tokens"))
 TEXTS = ("vocabulary.json", "titles.json")
 
 #: Files up to this size are hashed whenever an index is opened; larger ones only by ``verify``.
 SMALL_BYTES = 1 << 20
+
+_AGAIN = "build the index again with: saelab index"
 
 Progress = Callable[[int, int, str], None]
 
@@ -100,7 +102,8 @@ class TokenCounts(NamedTuple):
     token_ids: Int[np.ndarray, "features kept"]
     """Tokens each feature is most specific to, best first; -1 where there are fewer."""
     n_fired: Int[np.ndarray, "features kept"]
-    """Clear firings of the feature on that token."""
+    """Firings of the feature on that token; ``n_clear`` of them reach a quarter of its maximum."""
+    n_clear: Int[np.ndarray, "features kept"]
     n_occurrences: Int[np.ndarray, " d_vocab"]
     """How often each token of the vocabulary occurs."""
 
@@ -176,8 +179,9 @@ class FeatureIndex:
 
     @cached_property
     def table(self) -> pa.Table:
-        """One row a feature: feature, density, n_fired, n_clear, max, mean, q50, q90, q99, label, label_kind, label_precision,
-        label_recall, label_f1, label_n_held_out, rule_previous, rule_token, promoted, logit_z, top_token."""
+        """One row a feature: feature, density, n_fired, n_clear, max, mean, q50, q90, q99, label, label_kind,
+        label_precision, label_recall, label_f1, label_n_held_out, rule_previous, rule_token, promoted ("" where no
+        effect stands out), logit_z, top_token (most frequent at the peaks of the top examples)."""
         import pyarrow.parquet as pq
 
         return pq.read_table(self.path / TABLE, memory_map=True)
@@ -251,7 +255,7 @@ class FeatureIndex:
         return lookup.by_text(self, text, n=n)
 
     def search_token(self, token: str | int, *, n: int = 10) -> list[SearchHit]:
-        """Features most specific to a token, given by id or by text (spelled exactly, else regardless of case and space).
+        """Features most specific to a token, by id or by text (spelled exactly, else regardless of case).
 
         Raises:
             TextError: the vocabulary has no such token.
@@ -263,7 +267,9 @@ class FeatureIndex:
         density = self.column("density")
         return np.flatnonzero((density >= low) & (density <= high))
 
-    def nearest(self, i: int, *, by: Literal["cosine", "coactivation"] = "cosine", n: int = 10) -> tuple[Neighbour, ...]:
+    def nearest(
+        self, i: int, *, by: Literal["cosine", "coactivation"] = "cosine", n: int = 10
+    ) -> tuple[Neighbour, ...]:
         """Nearest features to ``i``, best first; at most as many as the index keeps."""
         return self._neighbours(self._checked(i), by)[:n]
 
@@ -319,8 +325,9 @@ class FeatureIndex:
 
     def _tokens(self, i: int) -> tuple[TokenCount, ...]:
         counts = self.token_counts
-        pairs = zip(counts.token_ids[i].tolist(), counts.n_fired[i].tolist(), strict=True)
-        return tuple(TokenCount(self.vocabulary[t], t, n, int(counts.n_occurrences[t])) for t, n in pairs if t >= 0)
+        rows = zip(*(table[i].tolist() for table in (counts.token_ids, counts.n_fired, counts.n_clear)), strict=True)
+        shown = [row for row in rows if row[0] >= 0]
+        return tuple(TokenCount(self.vocabulary[t], t, n, m, int(counts.n_occurrences[t])) for t, n, m in shown)
 
     def _effects(self, i: int, side: str) -> tuple[TokenEffect, ...]:
         ids = self._tensor("logits.safetensors", f"{side}_ids", i).tolist()
@@ -342,19 +349,19 @@ class FeatureIndex:
             try:
                 self._slices[file, name] = safe_open(self.path / file, framework="np").get_slice(name)
             except (SafetensorError, OSError) as error:
-                raise ArtifactError(f"{self.path / file} is damaged ({error}); build the index again") from error
+                raise ArtifactError(f"{self.path / file} is damaged ({error}); {_AGAIN}") from error
         return self._slices[file, name]
 
     def _check(self, hashed: Callable[[FileEntry], bool]) -> None:
         for entry in self.manifest.files:
             file = self.path / entry.name
             if not file.exists():
-                raise ArtifactError(f"{file} is missing; build the index again with: saelab index")
+                raise ArtifactError(f"{file} is missing; {_AGAIN}")
             size = file.stat().st_size
             if size != entry.bytes:
-                raise ArtifactError(f"{file} has {size} bytes instead of {entry.bytes}; build the index again with: saelab index")
+                raise ArtifactError(f"{file} has {size} bytes instead of {entry.bytes}; {_AGAIN}")
             if hashed(entry) and atomic.sha256(file) != entry.sha256:
-                raise ArtifactError(f"{file} is damaged (its checksum differs); build the index again with: saelab index")
+                raise ArtifactError(f"{file} is damaged (its checksum differs); {_AGAIN}")
 
 
 def load_index(path: str | Path) -> FeatureIndex:
@@ -392,11 +399,11 @@ def _manifest(path: Path) -> IndexManifest:
     try:
         manifest = configs.from_mapping(IndexManifest, dict(json.loads(file.read_text("utf-8"))))
     except FileNotFoundError:
-        raise ArtifactError(f"{file} is missing; build the index again with: saelab index") from None
+        raise ArtifactError(f"{file} is missing; {_AGAIN}") from None
     except (ValueError, TypeError, ConfigError) as error:
-        raise ArtifactError(f"{file} is damaged ({error}); build the index again with: saelab index") from error
+        raise ArtifactError(f"{file} is damaged ({error}); {_AGAIN}") from error
     if manifest.schema != SCHEMA:
-        raise ArtifactError(f"{path} has index schema {manifest.schema}, this saelab reads {SCHEMA}; build the index again with: saelab index")
+        raise ArtifactError(f"{path} has index schema {manifest.schema}, this saelab reads {SCHEMA}; {_AGAIN}")
     return manifest
 
 

@@ -1,12 +1,14 @@
-"""Labels without a judge: the rule on tokens that best predicts when a feature clearly fires, scored on other documents.
+"""Labels without a judge: the rule on tokens that best predicts when a feature fires, scored on other documents.
 
-A feature fires clearly where it reaches a quarter of its maximum: the many weak activations below follow no rule that a
-person would give, and with them the recall of the best rules is a third instead of a half. Three families of rules compete: "the token is one of these", "the token before is one of these", "token and token
+Three families of rules compete: "the token is one of these", "the token before is one of these", "token and token
 before are one of these pairs". A rule is the set of at most ``MAX_ITEMS`` items with the highest F1 on half of the
 documents (chosen by hash); precision and recall are those on the other half, which chose nothing.
 
     precision = matched positions on which the feature clearly fires / matched positions
     recall    = matched positions on which the feature clearly fires / positions on which it clearly fires
+
+A feature fires clearly where it reaches a quarter of its maximum. Positions where it fires below that count neither for
+nor against a rule: they are many, they follow no rule that a person would give, and yet they are no silence.
 
 Where no rule describes a feature, its effect on the logits may; else the label says that nothing does.
 """
@@ -30,7 +32,7 @@ CLEAR = 0.25
 
 MAX_ITEMS = 8
 
-#: An item must explain this share of the feature's firings: what explains less lengthens the label and says little.
+#: An item must explain this share of the feature's clear firings: less lengthens the label and says little.
 MIN_SHARE = 0.02
 
 #: A rule may give up this share of its F1 for having fewer items.
@@ -58,36 +60,54 @@ class View(NamedTuple):
     """Token before and token of each item; -1 where the item says nothing of it."""
 
 
+class PerHalf(NamedTuple):
+    """A count in each half."""
+
+    fit: Int[np.ndarray, " n"]
+    held_out: Int[np.ndarray, " n"]
+
+    @property
+    def both(self) -> Int[np.ndarray, " n"]:
+        return self.fit + self.held_out
+
+
 class Counts(NamedTuple):
-    """How features and the items of one view meet: entries sorted by feature and item, and the totals."""
+    """How the features of a block and the items of one view meet, in the fitting documents (``fit``) and the others.
+
+    One entry for each pair of feature and item that meet clearly, sorted by both.
+    """
 
     feature: Int[np.ndarray, " entries"]
     """Counted from the block's first."""
     item: Int[np.ndarray, " entries"]
-    fit: Int[np.ndarray, " entries"]
-    """Firings of the feature on the item in the fitting documents; ``held_out`` in the others."""
-    held_out: Int[np.ndarray, " entries"]
-    shown_fit: Int[np.ndarray, " items"]
-    """Positions that show the item in the fitting documents; ``shown_held_out`` in the others."""
-    shown_held_out: Int[np.ndarray, " items"]
-    fired_fit: Int[np.ndarray, " features"]
-    """Firings in the fitting documents; ``fired_held_out`` in the others."""
-    fired_held_out: Int[np.ndarray, " features"]
+    clear: PerHalf
+    """By entry: positions that show the item and on which the feature clearly fires."""
+    fired: PerHalf
+    """By entry: those on which it fires at all."""
+    shown: PerHalf
+    """By item: positions that show it."""
+    total: PerHalf
+    """By feature: positions on which it clearly fires."""
+
+    def scored(self) -> PerHalf:
+        """By entry: positions that show the item and count for or against it, weak firings left out."""
+        halves = zip(self.shown, self.fired, self.clear, strict=True)
+        return PerHalf(*(shown[self.item] - fired + clear for shown, fired, clear in halves))
 
 
 class Rules(NamedTuple):
     """The best rule of each feature within one family, and how it did."""
 
-    items: Int[np.ndarray, "features 8"]
+    items: Int[np.ndarray, "features max_items"]
     """-1 where there are fewer."""
     f1: Float[np.ndarray, " features"]
     """On the fitting documents."""
     n_fit: Int[np.ndarray, " features"]
-    """Matched positions in the fitting documents."""
+    """Matched positions in the fitting documents, weak firings left out."""
     n_held_out: Int[np.ndarray, " features"]
-    """Matched positions in the others."""
+    """The same in the others."""
     n_both: Int[np.ndarray, " features"]
-    """Those of ``n_held_out`` on which the feature fires."""
+    """Those of ``n_held_out`` on which the feature clearly fires."""
 
 
 class Halves(NamedTuple):
@@ -118,103 +138,109 @@ def views(tokens: Int[np.ndarray, "rows context"], d_vocab: int) -> tuple[View, 
     )
 
 
-def count_firings(pairs: Pairs, view: View, split: Halves) -> Counts:
-    """How often each feature of a block fires on each item, in both halves."""
-    n_positions, n_items = len(view.item), len(view.meaning)
-    counted = split.fit | split.held_out
-    shape = (pairs.n_features, n_positions)
-    fires = scipy.sparse.csr_array((np.ones(len(pairs.positions), np.int64), pairs.positions, pairs.offsets), shape=shape)
-    # both halves in one product: a fitting position adds 1, another one 2^32
-    weights = np.where(split.fit, 1, 1 << 32)[counted]
-    offsets = np.concatenate([[0], np.cumsum(counted)])
-    shows = scipy.sparse.csr_array((weights, view.item[counted], offsets), shape=(n_positions, n_items))
-    both = fires @ shows
-    both.sort_indices()
-    fit, held_out = both.data & 0xFFFFFFFF, both.data >> 32
-    feature = np.repeat(np.arange(pairs.n_features), np.diff(both.indptr))
+def count_firings(pairs: Pairs, clear: Pairs, view: View, split: Halves) -> Counts:
+    """Count how the features of ``pairs`` meet the items of a view; ``clear`` are their clear firings."""
+    n_items = len(view.meaning)
+    some, every = _meetings(clear, view, split), _meetings(pairs, view, split)
+    feature = np.repeat(np.arange(pairs.n_features), np.diff(some.indptr))
+    item = some.indices.astype(np.int64)
+    # whatever meets clearly also meets, so each entry of the one is found in the other
+    keys = np.repeat(np.arange(pairs.n_features), np.diff(every.indptr)) * n_items + every.indices
+    fired = every.data[np.searchsorted(keys, feature * n_items + item)]
+    met_clearly = _unpacked(some.data)
+    totals = (np.bincount(feature, weights=n, minlength=pairs.n_features).astype(np.int64) for n in met_clearly)
     return Counts(
         feature=feature,
-        item=both.indices.astype(np.int64),
-        fit=fit,
-        held_out=held_out,
-        shown_fit=np.bincount(view.item[split.fit], minlength=n_items),
-        shown_held_out=np.bincount(view.item[split.held_out], minlength=n_items),
-        fired_fit=np.bincount(feature, weights=fit, minlength=pairs.n_features).astype(np.int64),
-        fired_held_out=np.bincount(feature, weights=held_out, minlength=pairs.n_features).astype(np.int64),
+        item=item,
+        clear=met_clearly,
+        fired=_unpacked(fired),
+        shown=PerHalf(*(np.bincount(view.item[half], minlength=n_items) for half in split)),
+        total=PerHalf(*totals),
     )
 
 
 def best_rules(counts: Counts) -> Rules:
     """The rule of highest F1 on the fitting documents for every feature of a block, with its counts on the others."""
-    items, f1 = best_sets(counts.feature, counts.item, counts.fit, counts.shown_fit, counts.fired_fit)
-    feature, slot = np.nonzero(items >= 0)
-    chosen = items[feature, slot]
-    # the counts are sorted by feature and item, so a search finds each chosen pair
-    n_items = len(counts.shown_fit)
-    at = np.searchsorted(counts.feature * n_items + counts.item, feature * n_items + chosen)
+    scored = counts.scored()
+    entries, f1 = best_sets(counts.feature, counts.clear.fit, scored.fit, counts.total.fit)
+    feature, slot = np.nonzero(entries >= 0)
+    chosen = entries[feature, slot]
 
-    def total(values: Int[np.ndarray, " chosen"]) -> Int[np.ndarray, " features"]:
-        return np.bincount(feature, weights=values, minlength=len(items)).astype(np.int64)
+    def total(values: Int[np.ndarray, " entries"]) -> Int[np.ndarray, " features"]:
+        return np.bincount(feature, weights=values[chosen], minlength=len(entries)).astype(np.int64)
 
+    items = np.full_like(entries, -1)
+    items[feature, slot] = counts.item[chosen]
     return Rules(
         items=items,
         f1=f1,
-        n_fit=total(counts.shown_fit[chosen]),
-        n_held_out=total(counts.shown_held_out[chosen]),
-        n_both=total(counts.held_out[at]),
+        n_fit=total(scored.fit),
+        n_held_out=total(scored.held_out),
+        n_both=total(counts.clear.held_out),
     )
 
 
 def best_sets(
     feature: Int[np.ndarray, " entries"],
-    item: Int[np.ndarray, " entries"],
-    both: Int[np.ndarray, " entries"],
-    n_shown: Int[np.ndarray, " items"],
-    fired: Int[np.ndarray, " features"],
-) -> tuple[Int[np.ndarray, "features 8"], Float[np.ndarray, " features"]]:
-    """For every feature the set of at most ``MAX_ITEMS`` items with the highest F1, most helpful first, and that F1.
+    clear: Int[np.ndarray, " entries"],
+    scored: Int[np.ndarray, " entries"],
+    total: Int[np.ndarray, " features"],
+) -> tuple[Int[np.ndarray, "features max_items"], Float[np.ndarray, " features"]]:
+    """For every feature the set of at most ``MAX_ITEMS`` entries with the highest F1, most helpful first, and that F1.
 
-    ``both[e]`` positions show ``item[e]`` and make ``feature[e]`` fire. Items are disjoint, so F1 of a set is a ratio of sums, 2 sum(both) / (fired + sum(shown)). Dinkelbach's method
+    Items are disjoint, so the F1 of a set is a ratio of sums, 2 sum(clear) / (total + sum(scored)). Dinkelbach's method
     (1967) maximises such a ratio exactly: with ratio r at hand, the best set for "numerator - r * denominator" is the
-    items of largest positive 2 both - r shown; its ratio is the next r, until nothing changes.
+    items of largest positive 2 clear - r scored; its ratio is the next r, until nothing changes.
+
+    Returns positions in the given arrays (sorted by feature), -1 where a set is smaller.
     """
-    n_features = len(fired)
-    kept = both >= np.maximum(2, MIN_SHARE * fired[feature])
-    feature, item, both = feature[kept], item[kept], both[kept]
-    shown = n_shown[item]
+    n_features = len(total)
+    kept = np.flatnonzero(clear >= np.maximum(2, MIN_SHARE * total[feature]))
+    feature, clear, scored = feature[kept], clear[kept], scored[kept]
     ratio = np.zeros(n_features)
-    np.maximum.at(ratio, feature, 2 * both / np.maximum(fired[feature] + shown, 1))
+    np.maximum.at(ratio, feature, 2 * clear / (total[feature] + scored))
     while True:
-        gain = 2 * both - ratio[feature] * shown
-        order = np.lexsort((item, -gain, feature))
+        gain = 2 * clear - ratio[feature] * scored
+        order = np.lexsort((-gain, feature))   # stable: equals stay in the order of their items
         order = order[(gain[order] > 0) & (rank_within(feature[order]) < MAX_ITEMS)]
-        numerator = np.bincount(feature[order], weights=2 * both[order], minlength=n_features)
-        denominator = fired + np.bincount(feature[order], weights=shown[order], minlength=n_features)
+        numerator = np.bincount(feature[order], weights=2 * clear[order], minlength=n_features)
+        denominator = total + np.bincount(feature[order], weights=scored[order], minlength=n_features)
         improved = numerator / np.maximum(denominator, 1)
         if (improved <= ratio + 1e-12).all():
             break
         ratio = np.maximum(ratio, improved)
-    items = np.full((n_features, MAX_ITEMS), -1, np.int64)
-    both_of, shown_of = np.zeros((2, n_features, MAX_ITEMS), np.int64)
+    entries = np.full((n_features, MAX_ITEMS), -1, np.int64)
+    clear_of, scored_of = np.zeros((2, n_features, MAX_ITEMS), np.int64)
     rank = rank_within(feature[order])
-    for table, values in ((items, item), (both_of, both), (shown_of, shown)):
+    for table, values in ((entries, kept), (clear_of, clear), (scored_of, scored)):
         table[feature[order], rank] = values[order]
-    return _trimmed(items, both_of, shown_of, fired)
+    # the shortest beginning of each set whose F1 is nearly the whole set's
+    f1 = 2 * clear_of.cumsum(1) / np.maximum(total[:, None] + scored_of.cumsum(1), 1)
+    length = (f1 >= (1 - TRIM) * f1.max(1, keepdims=True)).argmax(1)
+    entries[np.arange(MAX_ITEMS) > length[:, None]] = -1
+    return entries, np.take_along_axis(f1, length[:, None], 1)[:, 0]
 
 
-def specific_items(counts: Counts, *, n: int) -> tuple[Int[np.ndarray, "features n"], Int[np.ndarray, "features n"]]:
-    """The ``n`` items each feature is most specific to (by F1 over all documents), and its firings on each; -1 and 0
-    where there are fewer."""
-    feature, both = counts.feature, counts.fit + counts.held_out
-    fired = counts.fired_fit + counts.fired_held_out
-    f1 = 2 * both / (fired[feature] + (counts.shown_fit + counts.shown_held_out)[counts.item])
+class Specific(NamedTuple):
+    """The items a feature is most specific to, best first; -1 and 0 where there are fewer."""
+
+    items: Int[np.ndarray, "features n"]
+    n_fired: Int[np.ndarray, "features n"]
+    n_clear: Int[np.ndarray, "features n"]
+
+
+def specific_items(counts: Counts, *, n: int) -> Specific:
+    """The ``n`` items with the highest F1 each by itself, over all documents."""
+    feature = counts.feature
+    f1 = 2 * counts.clear.both / (counts.total.both[feature] + counts.scored().both)
     # the sort is stable and items ascend, so equals keep the lower item first
     order = np.argsort(feature << 32 | 0xFFFFFFFF - positive_bits(f1), kind="stable")
     rank = rank_within(feature)
     order, rank = order[rank < n], rank[rank < n]
-    items, n_both = np.full((len(fired), n), -1, np.int64), np.zeros((len(fired), n), np.int64)
-    items[feature[order], rank], n_both[feature[order], rank] = counts.item[order], both[order]
-    return items, n_both
+    found = Specific(*(np.full((len(counts.total.fit), n), empty, np.int64) for empty in (-1, 0, 0)))
+    for table, values in zip(found, (counts.item, counts.fired.both, counts.clear.both), strict=True):
+        table[feature[order], rank] = values[order]
+    return found
 
 
 def write_labels(
@@ -224,8 +250,8 @@ def write_labels(
     promotes: Sequence[str],
     vocabulary: Sequence[str],
 ) -> list[Label]:
-    """One label a feature: the best family of rules (the simpler one within ``MARGIN``), else the tokens that it clearly
-    promotes (``promotes``, "" for none), else "no clear rule".
+    """One label a feature: the best family of rules (the simpler one within ``MARGIN``), else the tokens that it
+    clearly promotes (``promotes``, "" for none), else "no clear rule".
     """
     handicap = MARGIN * np.arange(len(families))
     choice = np.stack([rules.f1 for _, rules in families], 1)
@@ -285,15 +311,19 @@ def _quoted(text: str) -> str:
     return f"'{visible}'" if '"' in visible else f'"{visible}"'
 
 
-def _trimmed(
-    items: Int[np.ndarray, "features 8"],
-    both: Int[np.ndarray, "features 8"],
-    shown: Int[np.ndarray, "features 8"],
-    fired: Int[np.ndarray, " features"],
-) -> tuple[Int[np.ndarray, "features 8"], Float[np.ndarray, " features"]]:
-    """The shortest beginning of each set whose F1 is within ``TRIM`` of the whole set's."""
-    f1 = 2 * both.cumsum(1) / np.maximum(fired[:, None] + shown.cumsum(1), 1)
-    length = (f1 >= (1 - TRIM) * f1.max(1, keepdims=True)).argmax(1)
-    kept = np.where(np.arange(items.shape[1]) <= length[:, None], items, -1)
-    return kept, np.take_along_axis(f1, length[:, None], 1)[:, 0]
+def _meetings(pairs: Pairs, view: View, split: Halves) -> scipy.sparse.csr_array:
+    """Features by items: how many positions show the item and make the feature fire, packed for both halves."""
+    n_positions, counted = len(view.item), split.fit | split.held_out
+    ones = np.ones(len(pairs.positions), np.int64)
+    fires = scipy.sparse.csr_array((ones, pairs.positions, pairs.offsets), shape=(pairs.n_features, n_positions))
+    # both halves in one product: a fitting position adds 1, another one 2^32
+    weights = np.where(split.fit, 1, 1 << 32)[counted]
+    offsets = np.concatenate([[0], np.cumsum(counted)])
+    shows = scipy.sparse.csr_array((weights, view.item[counted], offsets), shape=(n_positions, len(view.meaning)))
+    meetings = fires @ shows
+    meetings.sort_indices()
+    return meetings
 
+
+def _unpacked(counts: Int[np.ndarray, " n"]) -> PerHalf:
+    return PerHalf(counts & 0xFFFFFFFF, counts >> 32)

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-#: Effects held at a time; 256 MB in float32.
-_BLOCK_EFFECTS = 1 << 26
+#: Effects held at a time; 128 MB in float32.
+_BLOCK_EFFECTS = 1 << 25
 
-DIRECT = "(W_dec * final norm gain) @ W_U, minus the mean over the vocabulary; the norm's division and later layers left out"
+DIRECT = "(W_dec * final norm gain) @ W_U, minus the vocabulary's mean; the norm's division and later layers omitted"
 
 #: Random directions that show how large z is by chance.
 _N_RANDOM = 256
@@ -47,7 +47,7 @@ def logit_table(
     *,
     n: int,
 ) -> LogitTable:
-    """The ``n`` most promoted and most suppressed tokens of every feature. ``gain`` is that of the final norm, if any."""
+    """The ``n`` most promoted and suppressed tokens of every feature; ``gain`` is that of the final norm, if any."""
     W_U = W_U.float() if gain is None else W_U.float() * gain.float()[:, None]
     noise = torch.randn(_N_RANDOM, len(W_U), generator=torch.Generator().manual_seed(0)).to(W_U)
     noise_z = torch.cat([effects.amax(1) / _spread(effects) for effects in _effects(noise, W_U)]).quantile(0.99)

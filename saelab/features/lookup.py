@@ -26,7 +26,7 @@ class TokenMatch(NamedTuple):
 
     f1: Float[np.ndarray, " features"]
     share: Float[np.ndarray, " features"]
-    """Of the tokens' occurrences, those on which the feature clearly fires."""
+    """Of the tokens' occurrences, those on which the feature fires."""
 
 
 def by_token(index: FeatureIndex, token: str | int, *, n: int) -> list[SearchHit]:
@@ -34,14 +34,15 @@ def by_token(index: FeatureIndex, token: str | int, *, n: int) -> list[SearchHit
     ids = token_ids(index, token)
     match = token_match(index, ids)
     shown = index.vocabulary[ids[0]]
-    return _hits(index, match.f1, n, lambda i: f'clearly fires on {match.share[i]:.0%} of "{shown}"')
+    return _hits(index, match.f1, n, lambda i: f'fires on {match.share[i]:.0%} of "{shown}"')
 
 
 def by_text(index: FeatureIndex, text: str, *, n: int) -> list[SearchHit]:
-    """Features ranked by the sum, over the words of ``text``, of how well each describes the word.
+    """Features ranked by the sum, over the words of ``text``, of how well each describes the word, rare words first.
 
-    A word counts for a feature with the F1 of "clearly fires exactly on this word" (divided by the number of tokens that spell
-    it), or, where the label names the word, with the label's own held-out F1 if that is larger.
+    A word counts for a feature with the F1 of "clearly fires exactly on this word" (divided by the number of tokens
+    that spell it), or, where the label names the word, with the label's own held-out F1 if that is larger. Words
+    weigh by ln(tokens / occurrences), as search engines weigh them (inverse document frequency, Sparck Jones 1972).
     """
     words = list(dict.fromkeys(word.casefold() for word in _WORD.findall(text)))
     if not words:
@@ -55,21 +56,24 @@ def by_text(index: FeatureIndex, text: str, *, n: int) -> list[SearchHit]:
             np.maximum(row, token_match(index, index.spellings[piece]).f1 / len(pieces), out=row)
         named = np.fromiter((word in label for label in label_words), bool, index.n_features)
         np.maximum(row, np.where(named, label_f1, 0), out=row)
+        row *= _rarity(index, index.spellings.get(word, []))
     best = scores.argmax(0)
     return _hits(index, scores.sum(0), n, lambda i: f'matches "{words[best[i]]}"')
 
 
 def token_match(index: FeatureIndex, ids: Sequence[int]) -> TokenMatch:
-    """Score "one of these tokens" for every feature, on all indexed tokens.
+    """Score "one of these tokens" for every feature as labels are scored, but on all indexed tokens.
 
     Counts come from the tokens that the index keeps of each feature: one that is not among them counts as never.
     """
     counts = index.token_counts
-    on_token = np.where(np.isin(counts.token_ids, ids), counts.n_fired, 0).sum(1)
+    here = np.isin(counts.token_ids, ids)
+    n_fired, n_clear = np.where(here, counts.n_fired, 0).sum(1), np.where(here, counts.n_clear, 0).sum(1)
     occurrences = counts.n_occurrences[list(ids)].sum()
+    scored = occurrences - n_fired + n_clear
     return TokenMatch(
-        f1=2 * on_token / np.maximum(index.column("n_clear") + occurrences, 1),
-        share=on_token / np.maximum(occurrences, 1),
+        f1=2 * n_clear / np.maximum(index.column("n_clear") + scored, 1),
+        share=n_fired / np.maximum(occurrences, 1),
     )
 
 
@@ -88,6 +92,12 @@ def token_ids(index: FeatureIndex, token: str | int) -> list[int]:
     if not same:
         raise TextError(f"no token of the vocabulary is {token!r}; {nearest(plain, index.spellings)}")
     return [i for i in same if index.vocabulary[i] == token] or same
+
+
+def _rarity(index: FeatureIndex, ids: Sequence[int]) -> float:
+    """1 for tokens that occur once at most, 0 for tokens that are the whole text."""
+    occurrences = int(index.token_counts.n_occurrences[list(ids)].sum())
+    return 1 - float(np.log(max(occurrences, 1)) / np.log(max(index.n_tokens, 2)))
 
 
 def _hits(

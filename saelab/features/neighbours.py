@@ -73,7 +73,9 @@ def by_coactivation(codes: Codes, sample: np.ndarray, *, n: int) -> Nearest:
     return found
 
 
-def coactivation_sample(codes: Codes, store_positions: Int[np.ndarray, " positions"], *, seed: int) -> Int[np.ndarray, " sample"]:
+def coactivation_sample(
+    codes: Codes, store_positions: Int[np.ndarray, " positions"], *, seed: int
+) -> Int[np.ndarray, " sample"]:
     """All positions with an active feature, or a uniform sample of them that needs at most about ``MAX_PRODUCTS``.
 
     The sample is chosen by a hash of each position in the store.
@@ -92,7 +94,7 @@ def _empty(d_sae: int, n: int) -> Nearest:
 
 
 def _keep_best(found: Nearest, low: int, scores: Float[np.ndarray, "block d_sae"], *, least: float) -> None:
-    """Write the best of each row into ``found``: above ``least``, highest first, the lower feature first among equals."""
+    """Write the best of each row into ``found``: above ``least``, highest first, of equals the lower feature first."""
     n = min(found.features.shape[1], scores.shape[1])
     # an order-preserving map from float32 to int32 with the column below it makes ties impossible
     bits = (scores + np.float32(0)).view(np.int32)

@@ -10,7 +10,6 @@ Its activations are the feature activations themselves, so its "SAE" only lists 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,15 +143,19 @@ def plant(path: Path, *, seed: int = 0, n_features: int = 32, n_rows: int = 160,
         ConfigError: too small for the seven special features.
     """
     if n_features < N_SPECIAL or n_rows * context < 10 * _DOC_TOKENS:
-        raise ConfigError(f"a planted index needs at least {N_SPECIAL} features and {10 * _DOC_TOKENS} tokens, got {n_features} and {n_rows * context}")
+        raise ConfigError(
+            f"a planted index needs at least {N_SPECIAL} features and {10 * _DOC_TOKENS} tokens,"
+            f" got {n_features} and {n_rows * context}; raise them"
+        )
     rng = np.random.default_rng(seed)
     vocabulary = _NAMED + tuple(f" word{i}" for i in range(max(64, 2 * n_features)))
     tokens = _text(rng, n_rows, context, len(vocabulary))
     docs = np.arange(tokens.size).reshape(tokens.shape) // _DOC_TOKENS
     acts = torch.from_numpy(_acts(rng, tokens, docs, n_features))
     unembed = torch.from_numpy(rng.standard_normal((n_features, len(vocabulary)))).float()
-    W_dec = torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((n_features, n_features))).float(), dim=1)
-    atomic.write_bytes(path, json.dumps({"seed": seed, "n_features": n_features, "n_rows": n_rows, "context": context}).encode())
+    directions = torch.from_numpy(rng.standard_normal((n_features, n_features))).float()
+    W_dec = torch.nn.functional.normalize(directions, dim=1)
+    atomic.write_json(path, {"seed": seed, "n_features": n_features, "n_rows": n_rows, "context": context})
     return Planted(
         PlantedSAE(W_dec, n_features),
         PlantedStore(path, tokens, docs, acts),
@@ -189,7 +192,10 @@ def _text(rng: np.random.Generator, n_rows: int, context: int, d_vocab: int) -> 
 
 
 def _acts(
-    rng: np.random.Generator, tokens: Int[np.ndarray, "rows context"], docs: Int[np.ndarray, "rows context"], n_features: int
+    rng: np.random.Generator,
+    tokens: Int[np.ndarray, "rows context"],
+    docs: Int[np.ndarray, "rows context"],
+    n_features: int,
 ) -> Float[np.ndarray, "rows context features"]:
     before = np.roll(tokens, 1, axis=1)
     fires = np.zeros((*tokens.shape, n_features), bool)
@@ -202,8 +208,7 @@ def _acts(
     for i in range(N_SPECIAL, n_features):
         fires[..., i] = tokens == len(_NAMED) + i - N_SPECIAL
     strength = 1 + rng.exponential(size=fires.shape)
-    weak = rng.random(fires.shape) < 0.001
-    weak[..., :N_SPECIAL] = False
+    weak = (rng.random(fires.shape) < 0.001) & (np.arange(n_features) >= N_SPECIAL)
     acts = np.where(fires, strength, np.where(weak, 0.1 * strength, 0))
     acts[:, 0] = 0
     return acts.astype(np.float32)

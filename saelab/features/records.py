@@ -20,22 +20,22 @@ class Label:
     """A description made of the evidence itself, with its score on documents that did not choose it.
 
     ``precision`` is the share of the held-out positions matched by the rule on which the feature clearly fires (reaches
-    a quarter of its maximum); ``recall`` the share of the held-out clear firings that the rule matches. Both are None
-    where there is nothing to score.
+    a quarter of its maximum); ``recall`` the share of the held-out clear firings that the rule matches. Positions with
+    weaker activations count neither way. Both are None where there is nothing to score.
     """
 
     text: str
     """Short and readable, for example ``" feet", " foot"`` or ``after " United"`` or ``" New" -> " York"``."""
     kind: LabelKind
-    """token, previous, bigram: a rule on tokens. weak: such a rule with too few occurrences to trust, or one that does not
-    hold on the other documents. promotes: no rule, but a clear effect on the logits. none: nothing clear. dead: never
-    fired."""
+    """token, previous, bigram: a rule on tokens. weak: such a rule with too few occurrences to trust, or one that does
+    not hold on the other documents. promotes: no rule, but a clear effect on the logits. none: nothing clear. dead:
+    never fired."""
     rule: tuple[RuleItem, ...]
     """Token ids; a position matches the rule if it matches one item. Empty for promotes, none and dead."""
     precision: float | None
     recall: float | None
     n_held_out: int
-    """Held-out positions that the rule matches: the number behind ``precision``."""
+    """Held-out positions that the rule matches, those of weak firings left out: the number behind ``precision``."""
 
     @property
     def f1(self) -> float | None:
@@ -105,11 +105,12 @@ class Neighbour(NamedTuple):
 
 
 class TokenCount(NamedTuple):
-    """How a feature and a token meet: clear firings of the feature on the token, and occurrences of the token."""
+    """How a feature and a token meet: firings of the feature on the token, the clear ones of them, and occurrences."""
 
     token: str
     token_id: int
     n_fired: int
+    n_clear: int
     n_occurrences: int
 
 

@@ -99,7 +99,9 @@ def rank_features(
         ArtifactError: the index describes fewer features than fired, so it belongs to another SAE.
     """
     if len(codes.features) and codes.features.max() >= index.n_features:
-        raise ArtifactError(f"feature {codes.features.max()} fires, but {index.path} holds {index.n_features}; give the index of this SAE")
+        raise ArtifactError(
+            f"feature {codes.features.max()} fires, but {index.path} holds {index.n_features}; give this SAE's index"
+        )
     highest = np.zeros(index.n_features)
     np.maximum.at(highest, codes.features, codes.values)
     score = {

@@ -49,7 +49,9 @@ def activation_bin(
 
 
 def _quantiles(
-    features: Int[np.ndarray, " pairs"], values: Float[np.ndarray, " pairs"], offsets: Int[np.ndarray, " features_plus_1"]
+    features: Int[np.ndarray, " pairs"],
+    values: Float[np.ndarray, " pairs"],
+    offsets: Int[np.ndarray, " features_plus_1"],
 ) -> Float[np.ndarray, "features 3"]:
     n = np.diff(offsets)
     if not len(values):

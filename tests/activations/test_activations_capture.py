@@ -193,7 +193,7 @@ def test_only_the_shard_in_progress_is_captured_again(config: CacheConfig, tmp_p
     assert model.n_forwards <= (n_shards - 2) * 3    # three forward passes make a shard
 
 
-def interrupt_during_shard(number: int, config: CacheConfig, out: Path) -> None:
+def interrupt_during_shard(number: int, config: CacheConfig, out: Path, *, resume: bool = False) -> None:
     n_tokens = number * config.rows_per_shard * config.context
 
     def stop(done: int, of: int) -> None:
@@ -201,7 +201,18 @@ def interrupt_during_shard(number: int, config: CacheConfig, out: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        capture(config, out, model=FakeModel(), progress=stop)
+        capture(config, out, model=FakeModel(), resume=resume, progress=stop)
+
+
+def test_a_torn_ledger_costs_one_shard_and_not_the_next_ones_too(config: CacheConfig, tmp_path: Path):
+    out, ledger = tmp_path / "out", tmp_path / "out" / "shards.jsonl"
+    interrupt_during_shard(2, config, out)
+    ledger.write_text(ledger.read_text()[:-10])
+    interrupt_during_shard(3, config, out, resume=True)
+    model = FakeModel()
+    capture(config, out, model=model, resume=True)
+    n_shards = len(list(out.glob("shard_*")))
+    assert model.n_forwards <= (n_shards - 3) * 3
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "torn line", "lost line", "garbage line"])

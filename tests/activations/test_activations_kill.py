@@ -88,9 +88,9 @@ def killed_and_resumed(config_file: Path, model: str, *, kills: int) -> None:
     rng = random.Random(0)
     n_in_progress = 0
     for attempt in range(kills):
-        out = folder / f"out{attempt // 4}"    # up to four kills in a row before it may finish
+        out = folder / f"out{attempt // 4}"    # up to four kills in a row, each a part of the way, before it may finish
         process = start(out, config_file, model)
-        time.sleep(rng.uniform(0, seconds))
+        time.sleep(rng.uniform(0, seconds / 3))
         process.kill()
         n_in_progress += rest_of(process) != "done\n"
         if attempt % 4 == 3 or attempt == kills - 1:
@@ -98,7 +98,7 @@ def killed_and_resumed(config_file: Path, model: str, *, kills: int) -> None:
             assert artefact(out) == whole
             assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (folder / "whole").iterdir())
             ActivationStore.open(out, verify="full")
-    assert n_in_progress >= kills / 3
+    assert n_in_progress >= kills / 2
 
 
 def test_three_kills_change_no_byte(config_file: Path):

@@ -112,11 +112,12 @@ def test_an_epoch_visits_every_token_but_bos_once(stored: Callable[..., Activati
     assert batches.n_tokens == len(rows) * 15
     assert batches.n_outliers == 0
     expected = [row * 16 + place for row in rows for place in range(1, 16)]
+    orders = []
     for epoch in range(2):
         steps = range(epoch * batches.n_tokens, (epoch + 1) * batches.n_tokens)
-        positions = np.concatenate([batches.positions(step) for step in steps])
-        assert sorted(positions) == expected
-        assert positions.tolist() != expected
+        orders.append(np.concatenate([batches.positions(step) for step in steps]).tolist())
+        assert sorted(orders[epoch]) == expected
+    assert len({tuple(order) for order in [expected, *orders]}) == 3    # each epoch has an order of its own
 
 
 def test_batches_are_the_vectors_at_their_positions(stored: Callable[..., ActivationStore]):

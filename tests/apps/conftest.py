@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -34,7 +33,8 @@ def verb(*arguments: object) -> None:
         try:
             main()
         except SystemExit as stop:
-            assert not stop.code, said.getvalue()
+            if stop.code:
+                pytest.fail(said.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +47,10 @@ def root(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     text.write_text("".join(json.dumps({"text": story(n)}) + "\n" for n in range(40)), "utf-8")
     small = root / "small"
     shape = ("--set", "context=64", "--set", "held_out=0.25", "--set", "rows_per_shard=64")
-    where = ("--model", tiny_model_dir, "--text", text, "--hook", "blocks.1.hook_resid_post", "--out", small / "activations")
-    verb("cache", *where, "--tokens", 16_384, *shape)
-    verb("train", small, "--k", 4, "--expansion", 3, "--tokens", 30_000, "--set", "batch_size=500", "--set", "log_every=5")
+    source = ("--model", tiny_model_dir, "--text", text, "--hook", "blocks.1.hook_resid_post")
+    steps = ("--tokens", 30_000, "--set", "batch_size=500", "--set", "log_every=5")
+    verb("cache", *source, "--out", small / "activations", "--tokens", 16_384, *shape)
+    verb("train", small, "--k", 4, "--expansion", 3, *steps)
     verb("eval", small, "--set", "draws=50")
     verb("index", small)
     plant_index(root / "indexed", n_features=120, n_rows=160)
@@ -86,7 +87,3 @@ def make_hostile(index: Path) -> None:
         if entry["name"] == file.name:
             entry |= {"bytes": file.stat().st_size, "sha256": atomic.sha256(file)}
     atomic.write_json(index / "index.json", manifest)
-
-
-# a page reads this before Streamlit is imported: nothing is sent, and no configuration of the machine counts
-os.environ.setdefault("STREAMLIT_BROWSER_GATHER_USAGE_STATS", "false")

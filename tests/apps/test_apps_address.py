@@ -16,7 +16,7 @@ def test_a_feature_that_is_no_number_of_this_run_is_refused(text: str):
         whole_number(text, below=12, what="The feature")
 
 
-@pytest.mark.parametrize("text, number", [("0", 0), ("11", 11), ("007", 7)])
+@pytest.mark.parametrize(("text", "number"), [("0", 0), ("11", 11), ("007", 7)])
 def test_a_feature_of_this_run_is_read(text: str, number: int):
     assert whole_number(text, below=12, what="The feature") == number
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from saelab_explorer import launch
 
 def test_the_server_listens_on_this_machine_only_and_calls_nobody():
     flags = launch.arguments(8501)
-    options = {name: value for name, value in zip(flags, flags[1:], strict=False) if name.startswith("--")}
+    options = {name: value for name, value in pairwise(flags) if name.startswith("--")}
     assert options["--server.address"] == "127.0.0.1"
     assert options["--browser.gatherUsageStats"] == "false"
     assert options["--server.enableXsrfProtection"] == "true"
@@ -67,7 +68,7 @@ def test_the_module_serves_until_it_is_interrupted(root: Path):
         assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize("arguments, sentence", [(("--run", "none"), "no run 'none'"), (("--port", "70000"), "--port")])
+@pytest.mark.parametrize(("arguments", "sentence"), [(("--run", "none"), "no run 'none'"), (("--port", "70000"), "--port")])
 def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(root: Path, arguments: tuple[str, ...], sentence: str):
     with start(root, "--no-open", *arguments) as process:
         _, err = process.communicate(timeout=60)

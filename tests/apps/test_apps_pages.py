@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,19 +21,10 @@ APP = str(frame.HERE / "app.py")
 
 def opened(page: str = frame.OVERVIEW, **query: str) -> AppTest:
     """The app at ``page`` with an address, run once."""
-    app = AppTest.from_file(APP, default_timeout=60)
+    app = AppTest.from_file(APP, default_timeout=60).switch_page(page)
     for name, value in query.items():
         app.query_params[name] = value
-    if page != frame.OVERVIEW:
-        app._page_hash = page_hash(page)
     return rerun(app)
-
-
-def page_hash(page: str) -> str:
-    from streamlit.util import calc_hash
-
-    name = Path(page).stem
-    return calc_hash(name)
 
 
 def rerun(app: AppTest) -> AppTest:
@@ -42,7 +35,7 @@ def rerun(app: AppTest) -> AppTest:
 
 def words(app: AppTest) -> str:
     """All markup and text on the page."""
-    return " ".join(element.proto.body for element in app.get("html")) + " ".join(e.value for e in [*app.error, *app.caption])
+    return " ".join([element.proto.body for element in app.get("html")] + [e.value for e in (*app.error, *app.caption)])
 
 
 def test_the_overview_shows_metrics_with_intervals_and_token_counts(shown: Path):
@@ -64,7 +57,7 @@ def test_a_run_without_evaluation_and_sae_says_how_to_make_them(shown: Path):
 
 
 @pytest.mark.parametrize("page", [frame.FEATURES, frame.FEATURE, frame.PROMPT, frame.STEER])
-def test_a_missing_artefact_is_answered_by_the_command_that_makes_it(page: str, shown: Path, tmp_path: Path, monkeypatch):
+def test_a_missing_artefact_is_answered_by_its_command(page: str, shown: Path, tmp_path: Path, monkeypatch):
     shutil.copytree(shown / "small" / "eval", tmp_path / "bare" / "eval")
     monkeypatch.setenv("SAELAB_EXPLORER_ROOT", str(tmp_path))
     app = opened(page, run="bare")
@@ -177,26 +170,19 @@ def test_hostile_tokens_reach_the_markup_escaped(shown: Path):
 
 
 def test_pages_that_read_an_index_do_not_import_torch(shown: Path):
-    import subprocess
-
-    program = (
-        "import sys, os; from streamlit.testing.v1 import AppTest\n"
-        f"for page in (None, 'features', 'feature'):\n"
-        f"    app = AppTest.from_file({APP!r}, default_timeout=60)\n"
-        "    app.query_params['run'] = 'small'\n"
-        "    from streamlit.util import calc_hash\n"
-        "    app._page_hash = calc_hash(page) if page else ''\n"
-        "    app.run(); assert not app.exception, app.exception\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment(), capture_output=True, text=True)
+    program = f"""
+import sys
+from streamlit.testing.v1 import AppTest
+for page in ("overview", "features", "feature"):
+    app = AppTest.from_file({APP!r}, default_timeout=60).switch_page(f"views/{{page}}.py")
+    app.query_params["run"] = "small"
+    app.run()
+    assert not app.exception, app.exception
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def test_the_prompt_page_lists_the_features_of_a_text(shown: Path):

@@ -36,8 +36,9 @@ def copy(workspace, tmp_path):
 
 
 def content(path) -> dict[str, str]:
-    """Checksums of what an index says; env.json tells of the time it was made."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir() if file.name not in ("env.json", "parents.json")}
+    """Checksums of what an index says; env.json tells of the time it was made, parents.json of the place."""
+    files = [file for file in path.iterdir() if file.name not in ("env.json", "parents.json")]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -81,7 +82,8 @@ def test_a_record_says_what_the_activations_say(workspace, tmp_path):
         if fired.numel():
             assert record.max_act == record.top_examples[0].act == fired.max()
             for j, interval in enumerate(record.interval_examples):
-                assert all(j / 5 <= e.act / record.max_act * (1 + 1e-6) and e.act / record.max_act <= (j + 1) / 5 * (1 + 1e-6) for e in interval)
+                shares = [example.act / record.max_act for example in interval]
+                assert all(j / 5 - 1e-6 <= share <= (j + 1) / 5 + 1e-6 for share in shares)
 
 
 def test_promoted_tokens_and_neighbours_are_in_the_record(workspace, tmp_path):
@@ -110,7 +112,10 @@ def test_a_limit_on_tokens_spreads_the_rows_over_the_text(tmp_path):
 
 
 def test_settings_change_what_is_kept(tmp_path):
-    wanted = IndexConfig(n_examples=3, window=9, after=2, n_intervals=2, per_interval=1, n_logits=4, n_neighbours=2, n_bins=7, n_tokens_kept=2)
+    wanted = IndexConfig(
+        n_examples=3, window=9, after=2, n_intervals=2, per_interval=1,
+        n_logits=4, n_neighbours=2, n_bins=7, n_tokens_kept=2,
+    )  # fmt: skip
     record = planted.plant_index(tmp_path, config=wanted).feature(8)
     assert len(record.top_examples) == 3
     assert {len(e.tokens) for e in record.top_examples} == {9}
@@ -118,7 +123,7 @@ def test_settings_change_what_is_kept(tmp_path):
     assert len(record.promoted) == len(record.suppressed) == 4
     assert len(record.neighbours_cosine) == 2
     assert len(record.histogram.counts) == 7
-    assert len(record.tokens) == 2
+    assert len(record.tokens) <= 2
 
 
 @pytest.mark.parametrize(
@@ -235,7 +240,8 @@ def test_the_table_has_one_row_a_feature_and_agrees_with_the_records(workspace):
     index = load_index(workspace)
     assert index.table.num_rows == 32
     assert index.column("feature").tolist() == list(range(32))
-    assert index.column("top_token")[:3].tolist() == [" feet", index.feature(1).top_examples[0].token, " York"] or index.column("top_token")[0] in (" feet", " foot")
+    assert index.column("top_token")[0] in (" feet", " foot")
+    assert index.column("top_token")[2] == " York"
     assert index.column("top_token")[5] == ""
     for i in (0, 1, 4, 5):
         record = index.feature(i)
@@ -251,7 +257,8 @@ def test_the_most_token_specific_features_have_token_rules_with_support(workspac
     assert len(chosen) == 5
     labels = [index.label(i) for i in chosen]
     assert all(label.kind == "token" and label.n_held_out >= 60 for label in labels)
-    assert [(-label.precision, -label.n_held_out) for label in labels] == sorted((-label.precision, -label.n_held_out) for label in labels)
+    ranks = [(-label.precision, -label.n_held_out) for label in labels]
+    assert ranks == sorted(ranks)
     assert index.trigger_tokens(0) == (planted.FEET, planted.FOOT)
     assert index.trigger_tokens(1) == ()
 

@@ -31,7 +31,10 @@ def test_planted_rules_are_found(index):
 
 
 def test_what_follows_no_rule_is_not_given_one(index):
-    assert index.label(3).kind == index.label(4).kind == "none"
+    for i in (3, 4):                                     # one document, and chance
+        assert index.label(i).kind in ("none", "promotes")
+        assert index.label(i).rule == ()
+        assert index.label(i).precision is None
     assert index.label(5).kind == "dead"
     assert index.label(5).precision is None
 
@@ -49,9 +52,10 @@ def test_precision_and_recall_are_those_of_the_documents_that_did_not_choose_the
     for i in (0, 7, 20):
         found = built.label(i)
         tokens = [item.token for item in found.rule]
-        matched = np.isin(text.store.planted_tokens.reshape(-1), tokens) & split.held_out
         acts = text.store.planted_acts[..., i].numpy().reshape(-1)
         fires = (acts >= acts.max() / 4) & split.held_out
+        counted = split.held_out & (fires | (acts == 0))
+        matched = np.isin(text.store.planted_tokens.reshape(-1), tokens) & counted
         assert found.n_held_out == matched.sum()
         assert found.precision == pytest.approx((matched & fires).sum() / matched.sum())
         assert found.recall == pytest.approx((matched & fires).sum() / fires.sum())
@@ -76,10 +80,11 @@ def test_no_other_set_of_items_has_a_higher_f1(seed, max_items):
     both = np.array([rng.integers(0, shown + 1) for _ in range(n_features)])
     fired = both.sum(1) + rng.integers(0, 30, n_features)
     feature, item = np.nonzero(both >= 0)
+    scored = np.tile(shown, n_features)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("MAX_ITEMS", max_items), ("MIN_SHARE", 0), ("TRIM", 0)):
             patch.setattr(label, name, value)
-        items, f1 = label.best_sets(feature, item, both.reshape(-1), shown, fired)
+        entries, f1 = label.best_sets(feature, both.reshape(-1), scored, fired)
 
     def score(i, chosen):
         return 2 * both[i, chosen].sum() / (fired[i] + shown[chosen].sum())
@@ -88,15 +93,15 @@ def test_no_other_set_of_items_has_a_higher_f1(seed, max_items):
         usable = [j for j in range(n_items) if both[i, j] >= 2]
         best = max((score(i, list(c)) for n in range(1, max_items + 1) for c in combinations(usable, n)), default=0)
         assert f1[i] == pytest.approx(best)
-        chosen = items[i][items[i] >= 0].tolist()
+        chosen = item[entries[i][entries[i] >= 0]].tolist()
         assert len(chosen) <= max_items
         assert (score(i, chosen) if chosen else 0) == pytest.approx(best)
 
 
 def test_an_item_that_adds_little_is_left_out():
-    both, shown, fired = np.array([100, 3]), np.array([100, 3]), np.array([103])
-    items, f1 = label.best_sets(np.array([0, 0]), np.array([0, 1]), both, shown, fired)
-    assert items[0, :2].tolist() == [0, -1]
+    clear, total = np.array([100, 3]), np.array([103])
+    entries, f1 = label.best_sets(np.array([0, 0]), clear, clear, total)
+    assert entries[0, :2].tolist() == [0, -1]
     assert f1[0] == pytest.approx(200 / 203)
 
 
@@ -108,20 +113,66 @@ def test_counts_equal_a_loop_over_the_pairs():
     fires[:, ::8] = False
     features, positions = np.nonzero(fires)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(features, minlength=3))])
-    pairs = Pairs(offsets, positions.astype(np.int32), np.ones(len(positions), np.float32))
+    clearly = fires & (rng.random((3, 40)) < 0.6)
+    values = np.where(clearly[features, positions], 1, 0.1).astype(np.float32)
+    pairs = Pairs(offsets, positions.astype(np.int32), values)
     split = label.halves(docs, seed=0)
     for view in label.views(tokens, 6):
-        counts = label.count_firings(pairs, view, split)
-        table = {(f, i): (a, b) for f, i, a, b in zip(counts.feature, counts.item, counts.fit, counts.held_out, strict=True)}
+        counts = label.count_firings(pairs, pairs.above(np.full(3, 0.25, np.float32)), view, split)
+        scored = counts.scored()
+        found = {(f, i): e for e, (f, i) in enumerate(zip(counts.feature, counts.item, strict=True))}
         for f in range(3):
             for i in range(len(view.meaning)):
-                here = fires[f] & (view.item == i)
-                assert table.get((f, i), (0, 0)) == ((here & split.fit).sum(), (here & split.held_out).sum())
-        assert counts.fired_fit.tolist() == (fires & split.fit).sum(1).tolist()
+                for n, half in enumerate(split):
+                    here = (view.item == i) & half
+                    if (f, i) not in found:
+                        assert not (here & clearly[f]).any()
+                        continue
+                    e = found[f, i]
+                    assert counts.clear[n][e] == (here & clearly[f]).sum()
+                    assert counts.fired[n][e] == (here & fires[f]).sum()
+                    assert scored[n][e] == (here & ~(fires[f] & ~clearly[f])).sum()
+        assert counts.total.fit.tolist() == (clearly & split.fit).sum(1).tolist()
         for position in np.flatnonzero(split.fit | split.held_out):
             before, token = view.meaning[view.item[position]]
             assert token in (-1, tokens.reshape(-1)[position])
             assert before in (-1, tokens.reshape(-1)[position - 1])
+
+
+def labels_for(rules: list[dict], *, n_clear_held_out, n_fired, promotes):
+    """Labels of features whose three families did as ``rules`` say (missing counts: plenty)."""
+    families = []
+    for kind in ("token", "previous", "bigram"):
+        view = label.View(kind, np.zeros(1, np.int64), np.array([[1, 2]] if kind == "bigram" else [[-1, 2]]))
+        columns = [
+            np.array([rule.get(kind, {}).get(name, default) for rule in rules])
+            for name, default in (("f1", 0.0), ("n_fit", 100), ("n_held_out", 100), ("n_both", 80))
+        ]
+        items = np.tile([0] + [-1] * 7, (len(rules), 1))
+        families.append((view, label.Rules(items, *columns)))
+    return label.write_labels(families, np.array(n_clear_held_out), np.array(n_fired), promotes, ["", "x", "y"])
+
+
+def test_a_label_is_the_best_rule_or_the_logits_or_nothing():
+    rules = [
+        {"token": {"f1": 0.6}, "bigram": {"f1": 0.6 + label.MARGIN}},       # not enough better to be worth a pair
+        {"token": {"f1": 0.6}, "bigram": {"f1": 0.7}},
+        {"token": {"f1": 0.6, "n_fit": 9}},                                 # too few in one half
+        {"token": {"f1": 0.6, "n_held_out": 9, "n_both": 9}},               # or in the other
+        {"token": {"f1": 0.6, "n_both": 3}},                                # does not hold on the other documents
+        {"token": {"f1": label.MIN_F1 - 0.01}},
+        {"token": {"f1": label.MIN_F1 - 0.01}},
+        {"token": {"f1": 0.9, "n_held_out": 0, "n_both": 0}},
+        {"token": {"f1": 0.9}},
+    ]
+    promotes = [""] * 5 + ['"z"'] + [""] * 3
+    found = labels_for(rules, n_clear_held_out=[100] * 9, n_fired=[500] * 8 + [0], promotes=promotes)
+    kinds = ["token", "bigram", "weak", "weak", "weak", "promotes", "none", "weak", "dead"]
+    assert [each.kind for each in found] == kinds
+    assert found[1].text == '"x" -> "y"'
+    assert found[5].text == 'promotes "z"'
+    assert (found[0].precision, found[0].recall, found[0].n_held_out) == (0.8, 0.8, 100)
+    assert found[7].precision is None
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,17 @@ def test_effects_are_centred_and_pass_the_norms_gain(gain, monkeypatch):
     order = np.argsort(-effects, axis=1)
     np.testing.assert_array_equal(table.promoted_ids, order[:, :3])
     np.testing.assert_array_equal(table.suppressed_ids, order[:, ::-1][:, :3])
-    np.testing.assert_allclose(table.promoted_effects, np.take_along_axis(effects, order[:, :3], 1), rtol=1e-4, atol=1e-5)
+    strongest = np.take_along_axis(effects, order[:, :3], 1)
+    np.testing.assert_allclose(table.promoted_effects, strongest, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(table.z, effects.max(1) / effects.std(1), rtol=1e-4)
+
+
+def test_few_random_directions_exceed_the_noise():
+    generator = torch.Generator().manual_seed(5)
+    W_U, directions = torch.randn(32, 2000, generator=generator), torch.randn(1000, 32, generator=generator)
+    table = logits.logit_table(directions, W_U, None, n=1)
+    assert 0.001 < (table.z > table.noise_z).mean() < 0.03       # 1 % by construction
+    assert logits.logit_table(10 * directions, W_U, None, n=1).noise_z == table.noise_z
 
 
 def test_a_vocabulary_smaller_than_the_table_leaves_empty_slots():

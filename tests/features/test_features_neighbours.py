@@ -18,9 +18,8 @@ def codes_of(fires: np.ndarray) -> Codes:
 
 
 def brute(scores: np.ndarray, n: int, least: float):
-    return [
-        [(j, s) for s, j in sorted((-s, j) for j, s in enumerate(row) if j != i and s > least)[:n]] for i, row in enumerate(scores)
-    ]
+    ranked = [sorted((-s, j) for j, s in enumerate(row) if j != i and s > least) for i, row in enumerate(scores)]
+    return [[(j, s) for s, j in row[:n]] for row in ranked]
 
 
 @settings(deadline=None)

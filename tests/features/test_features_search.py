@@ -36,6 +36,11 @@ def test_a_query_of_several_words_finds_features_of_each(index):
     assert {hit.feature for hit in index.search("feet in New York", n=3)} >= {0, 2}
 
 
+def test_rare_words_of_a_query_weigh_more(index):
+    assert index.search("word0 feet")[0].feature == 0            # " word0" occurs five times as often as " feet"
+    assert index.search("word0 feet")[1].feature == planted.N_SPECIAL
+
+
 def test_a_query_without_a_word_is_refused(index):
     with pytest.raises(TextError):
         index.search("  \n")
@@ -106,7 +111,8 @@ def test_features_in_a_text_come_by_strength_with_dense_ones_discounted(index, m
 
 
 def test_rankings_by_sum_and_count(index):
-    codes = TextCodes(("a", "b"), (7, 8), np.array([0, 1, 0]), np.array([0, 0, 1]), np.array([1.0, 1.0, 1.5], np.float32))
+    values = np.array([1.0, 1.0, 1.5], np.float32)
+    codes = TextCodes(("a", "b"), (7, 8), np.array([0, 1, 0]), np.array([0, 0, 1]), values)
     assert [h.feature for h in rank_features(codes, index, by="max", discount_dense=False)] == [1, 0]
     assert [h.feature for h in rank_features(codes, index, by="sum", discount_dense=False)] == [0, 1]
     assert [h.score for h in rank_features(codes, index, by="count", discount_dense=False)] == [2, 1]

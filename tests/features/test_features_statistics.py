@@ -11,8 +11,8 @@ from saelab.features.statistics import QUANTILES, feature_statistics
 
 def random_pairs(rng, n_features=7, n_positions=60, share=0.3) -> tuple[Pairs, np.ndarray]:
     """Pairs, and the dense matrix [features, positions] they come from; values repeat, one feature is silent."""
-    dense = np.where(rng.random((n_features, n_positions)) < share, rng.integers(1, 9, (n_features, n_positions)) / 4, 0)
-    dense = dense.astype(np.float32)
+    shape = (n_features, n_positions)
+    dense = np.where(rng.random(shape) < share, rng.integers(1, 9, shape) / 4, 0).astype(np.float32)
     dense[n_features // 2] = 0
     features, positions = np.nonzero(dense)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(features, minlength=n_features))])
@@ -34,7 +34,8 @@ def test_statistics_equal_those_of_the_dense_matrix(seed, share):
             counts, _ = np.histogram(positive, bins=5, range=(0, row.max()))
             assert found.histogram[i].sum() == len(positive)
             # numpy computes edges in another order, so a value on an edge may fall to either side
-            assert np.abs(np.cumsum(found.histogram[i]) - np.cumsum(counts)).max() <= (np.mod(positive / row.max() * 5, 1) == 0).sum()
+            on_an_edge = (np.mod(positive / row.max() * 5, 1) == 0).sum()
+            assert np.abs(np.cumsum(found.histogram[i]) - np.cumsum(counts)).max() <= on_an_edge
 
 
 def test_a_feature_that_never_fires_has_zeros():

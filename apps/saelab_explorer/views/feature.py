@@ -13,7 +13,7 @@ from saelab_explorer import address, charts, frame, snippets
 from saelab_explorer.components.table import Column, FeatureRow, feature_table
 from saelab_explorer.components.tokens import TokenRow, token_strip
 from saelab_explorer.figures import count, percent
-from saelab_explorer.labels import effect_is_clear, label_cell, label_parts, share_cell
+from saelab_explorer.labels import label_cell, label_parts, share_cell
 from saelab_explorer.prompt_text import hand_over, handed_over
 
 FIRST_EXAMPLES = 10
@@ -47,7 +47,7 @@ def show() -> None:
         with figures:
             _histogram(index, record)
     with figures:
-        _logits(index, record)
+        _logits(record)
         _neighbours(index, record)
 
 
@@ -195,11 +195,11 @@ def _histogram(index: sl.FeatureIndex, record: sl.FeatureRecord) -> None:
     st.vega_lite_chart(spec=spec, key="histogram", width="stretch")
 
 
-def _logits(index: sl.FeatureIndex, record: sl.FeatureRecord) -> None:
+def _logits(record: sl.FeatureRecord) -> None:
     if not record.promoted and not record.suppressed:
         return
     snippets.draw(snippets.section("Direct effect on the next token", f"z = {record.logit_z:.1f}"))
-    if not effect_is_clear(index, record.index):
+    if not record.stands_out:
         snippets.draw(snippets.note("No token stands out over the vocabulary, so none is listed: it would be noise."))
         return
     promoted, suppressed = ([(e.token, e.effect) for e in side] for side in (record.promoted, record.suppressed))

@@ -15,7 +15,7 @@ from saelab_explorer import frame, snippets
 from saelab_explorer.address import DECADES, KINDS, Filters
 from saelab_explorer.components.table import Column, FeatureRow, feature_table
 from saelab_explorer.figures import count, percent, plural, visible
-from saelab_explorer.labels import effect_is_clear, label_cell, share_cell
+from saelab_explorer.labels import label_cell, share_cell
 from saelab_explorer.matching import Matches, matching
 
 PER_PAGE = 50
@@ -70,8 +70,9 @@ def _table(index: sl.FeatureIndex, filters: Filters, found: Matches) -> None:
     first, last = page * PER_PAGE + 1, page * PER_PAGE + len(shown)
     snippets.draw(snippets.note(f"{plural(len(found.features), 'feature')}{found.note} · showing {first} to {last}"))
     # where the hook is far from the unembedding no feature promotes anything clearly, and the column would be empty
-    columns = (*COLUMNS, PROMOTES) if any(effect_is_clear(index, feature) for feature in shown) else COLUMNS
-    rows = [FeatureRow(feature, _cells(index, feature)[: len(columns)]) for feature in shown]
+    records = [index.feature(feature) for feature in shown]
+    columns = (*COLUMNS, PROMOTES) if any(record.stands_out for record in records) else COLUMNS
+    rows = [FeatureRow(record.index, _cells(index, record)[: len(columns)]) for record in records]
     clicked = feature_table(columns, rows, key="features", run=frame.run().name, sorted_by=filters.sort)
     if clicked.open is not None:
         frame.open_feature(clicked.open)
@@ -82,18 +83,16 @@ def _table(index: sl.FeatureIndex, filters: Filters, found: Matches) -> None:
         _pager(filters, page, last_page)
 
 
-def _cells(index: sl.FeatureIndex, feature: int) -> tuple[Any, ...]:
-    record = index.feature(feature)
-    promoted = [visible(effect.token) for effect in record.promoted[:3]] if effect_is_clear(index, feature) else None
+def _cells(index: sl.FeatureIndex, record: sl.FeatureRecord) -> tuple[Any, ...]:
     return (
-        feature,
-        label_cell(index, feature),
+        record.index,
+        label_cell(index, record.index),
         share_cell(record.label.precision),
         share_cell(record.label.recall),
         percent(record.density),
         f"{record.max_act:.2f}",
         _coarse(record.histogram.counts) if record.alive else None,
-        promoted,
+        [visible(effect.token) for effect in record.promoted[:3]] if record.stands_out else None,
     )
 
 
