@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import streamlit as st
 
 import saelab as sl
@@ -126,10 +127,10 @@ def feature_number(n_features: int) -> int | None:
 
 
 def first_feature(index: sl.FeatureIndex) -> int:
-    """A feature worth seeing first: one with a precise rule that is neither on every other token nor hardly ever on."""
-    density = index.column("density")
-    precise = index.most_token_specific(200)
-    return next((feature for feature in precise if 5e-4 < density[feature] < 5e-3), precise[0] if precise else 0)
+    """A feature worth seeing first: of those that are rare, but not too rare, the one its tokens describe best."""
+    density, f1 = index.column("density"), np.nan_to_num(index.column("label_f1"))
+    rare = (density > 5e-4) & (density < 5e-3) & (index.column("label_kind") == "token")
+    return int(np.where(rare, f1, 0).argmax())
 
 
 def show_address(query: Mapping[str, str] | None = None) -> None:

@@ -87,9 +87,11 @@ def as_card(record: FeatureRecord, *, n_examples: int = 5) -> str:
         f"max {record.max_act:.2f}, median {record.quantiles.q50:.2f}"
     )
     lines += [f"  {example.act:8.2f}  {as_line(example)}" for example in record.top_examples[:n_examples]]
-    for name, effects in (("promotes", record.promoted), ("suppresses", record.suppressed)):
-        if effects:
+    if record.stands_out:
+        for name, effects in (("promotes", record.promoted), ("suppresses", record.suppressed)):
             lines.append(f"  {name}: " + ", ".join(f"{e.token!r} {e.effect:+.2f}" for e in effects[:6]))
+    else:
+        lines.append("  no direct effect on the output stands out from that of random directions")
     nearest = ", ".join(f"{n.feature} ({n.score:.2f})" for n in record.neighbours_cosine[:5])
     return "\n".join([*lines, f"  nearest by cosine: {nearest}"])
 

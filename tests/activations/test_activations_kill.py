@@ -105,11 +105,6 @@ def test_three_kills_change_no_byte(config_file: Path):
     killed_and_resumed(config_file, "fake", kills=3)
 
 
-@pytest.mark.slow
-def test_twenty_kills_of_a_real_model_change_no_byte(config_file: Path, tiny_model_dir: Path):
-    killed_and_resumed(config_file, str(tiny_model_dir), kills=20)
-
-
 def test_a_full_disk_is_one_sentence_and_the_capture_can_go_on(config_file: Path, tmp_path: Path):
     complete(tmp_path / "whole", config_file, "fake")
     shard = (tmp_path / "whole" / "shard_00000.safetensors").stat().st_size

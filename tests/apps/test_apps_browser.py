@@ -126,6 +126,7 @@ def watched(context: Any, site: str) -> Iterator[Any]:
 
 def go(page: Any, address: str) -> None:
     page.goto(address)
+    page.wait_for_selector(".sx-kicker", timeout=60_000)    # the script has begun: before it, it is not running either
     page.wait_for_selector(READY, timeout=60_000)
 
 
@@ -218,6 +219,7 @@ def test_a_dot_of_the_overview_opens_its_feature(page: Any, site: str):
 
 def test_keys_move_between_features_but_not_out_of_a_text_field(page: Any, site: str):
     go(page, f"{site}feature?run=indexed&feature=10")
+    expect(page.get_by_role("button", name="Next")).to_be_visible()
     page.keyboard.press("ArrowRight")
     expect(page.get_by_text("Feature 11", exact=True)).to_be_visible()
     page.keyboard.press("ArrowLeft")

@@ -55,6 +55,13 @@ def test_any_free_port_can_be_asked_for():
     assert 1 <= launch.choose_port(None) <= 65_535
 
 
+def test_torch_leaves_a_core_to_the_browser_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch, root: Path):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert 1 <= int(launch.environment(root, None)["OMP_NUM_THREADS"]) <= max(1, (os.cpu_count() or 1) - 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert launch.environment(root, None)["OMP_NUM_THREADS"] == "7"
+
+
 def test_the_module_serves_until_it_is_interrupted(root: Path):
     with start(root, "--port", "0", "--no-open", "--run", "small") as process:
         assert process.stdout is not None
@@ -68,7 +75,9 @@ def test_the_module_serves_until_it_is_interrupted(root: Path):
         assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [(("--run", "none"), "no run 'none'"), (("--port", "70000"), "--port")])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), [(("--run", "none"), "no run 'none'"), (("--port", "70000"), "--port")]
+)
 def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(root: Path, arguments: tuple[str, ...], sentence: str):
     with start(root, "--no-open", *arguments) as process:
         _, err = process.communicate(timeout=60)

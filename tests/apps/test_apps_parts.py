@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,23 @@ from saelab_explorer.matching import matching
 @pytest.fixture(scope="module")
 def index(root: Path) -> sl.FeatureIndex:
     return sl.load_index(root / "indexed")
+
+
+# --- what it rests on
+
+
+def test_the_explorer_uses_public_names_only():
+    allowed = {"saelab", "saelab.errors", "saelab.metrics", "saelab.rundir"}
+    for file in Path(theme.__file__).parent.rglob("*.py"):
+        tree = ast.parse(file.read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                used = {alias.name for alias in node.names if alias.name.split(".")[0] == "saelab"}
+                assert used <= allowed, file
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "saelab":
+                assert node.module in allowed, file
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sl":
+                assert node.attr in sl.__all__, f"{file}: sl.{node.attr}"
 
 
 # --- which features, in which order

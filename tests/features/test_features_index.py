@@ -16,7 +16,9 @@ from saelab.errors import ArtifactError, ConfigError, ShapeError
 from saelab.features import build, planted
 from saelab.features import index as index_module
 from saelab.features.config import IndexConfig
+from saelab.features.examples import hash64
 from saelab.features.index import FeatureIndex, load_index
+from saelab.features.statistics import activation_bin
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,20 @@ def test_a_limit_on_tokens_spreads_the_rows_over_the_text(tmp_path):
     rows = {e.row for i in range(8) for e in index.feature(i).top_examples}
     assert max(rows) == 159
     assert min(rows) < 20
+
+
+def test_interval_examples_are_chosen_by_their_place_in_the_store(tmp_path):
+    text = planted.plant(tmp_path / "planted.json")
+    index = planted.plant_index(tmp_path, config=IndexConfig(max_tokens=64 * 40))
+    rows = np.linspace(0, 159, 40).round().astype(int)
+    acts = text.store.planted_acts[rows, :, 4].numpy()
+    row, column = np.nonzero(acts)
+    keys = hash64(0, np.full(len(row), 4), rows[row] * 64 + column)
+    bins = activation_bin(acts[row, column], np.full(len(row), acts.max()), 5)
+    for j, interval in enumerate(index.feature(4).interval_examples):
+        inside = np.flatnonzero(bins == j)
+        chosen = inside[np.argsort(keys[inside])[:5]]
+        assert [(e.row, e.position) for e in interval] == [(rows[row[i]], column[i]) for i in chosen]
 
 
 def test_settings_change_what_is_kept(tmp_path):

@@ -33,8 +33,10 @@ function cell(column, value, link) {
   const td = make("td", `${column.kind} ${column.align} p${column.priority}`);
   if (value === null || value === "") return td;
   if (column.kind === "feature") td.append(link);
-  else if (column.kind === "label") value.forEach(([text, isToken]) => td.append(isToken ? chip(text) : make("span", "", text), " "));
-  else if (column.kind === "tokens") value.forEach((token) => td.append(chip(token), " "));
+  else if (column.kind === "label") {
+    if (!value.some(([, isToken]) => isToken)) td.classList.add("quiet");
+    value.forEach(([text, isToken]) => td.append(isToken ? chip(text) : make("span", "", text), " "));
+  } else if (column.kind === "tokens") value.forEach((token) => td.append(chip(token), " "));
   else if (column.kind === "spark") td.append(spark(value));
   else if (column.kind === "bar") {
     const track = make("div", "track"), fill = make("div", "fill");

@@ -42,8 +42,10 @@ def show() -> None:
     _head(index, feature)
     _controls(index, feature, settings)
     prompt, asked = _prompt(settings)
-    _texts(live.ready(sae_path), feature, settings, prompt, asked=asked)
-    _record(index)
+    texts = st.container()
+    _record(index)  # before the texts, although below them: it should not fade while they are written
+    with texts:
+        _texts(live.ready(sae_path), feature, settings, prompt, asked=asked)
 
 
 def _head(index: sl.FeatureIndex, feature: int) -> None:
