@@ -4,10 +4,12 @@ from __future__ import annotations
 
 
 def percent(share: float) -> str:
-    """A share of tokens, with two significant digits where it is small: 12 %, 3.4 %, 0.056 %."""
+    """A share with as many digits as it needs: 99.7 %, 12 %, 3.4 %, 0.056 %."""
     value = 100 * share
     if value == 0:
         return "0 %"
+    if 99 < value < 100:  # not quite all is not all
+        return f"{min(value, 99.9):.1f} %"
     if value >= 10:
         return f"{value:.0f} %"
     return f"{value:.1f} %" if value >= 1 else f"{value:.2g} %" if value >= 0.001 else f"{value:.0e} %"

@@ -140,7 +140,7 @@ def test_a_feature_page_shows_its_label_with_held_out_scores(shown: Path):
     text = words(app)
     record = sl.load_index(shown / "indexed").feature(0)
     assert "feet</span>" in text
-    assert f"({record.label.n_held_out:,} matches)" in text
+    assert f"{record.label.n_held_out:,} matches" in text
     assert f"{record.n_fired:,} tokens" in text
     assert "no token stands out" in text.lower()
 
@@ -214,6 +214,19 @@ def test_steering_writes_two_texts_and_the_next_token_kl(shown: Path):
     assert text.count("tokens/s") == 2
     assert "nats" in text
     assert "Feature 3 at +1.50" in text
+
+
+def test_a_steering_record_is_shown_under_the_texts(shown: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(shown / "small", tmp_path / "small")
+    row = {"feature": 3, "strength": 0.7, "rise": 2.0, "random_rise": -0.25, "advantage": 2.25}
+    mean = {"value": 2.25, "low": 1.5, "high": 3.0}
+    record = {"kl": 1.5, "n_prompts": 20, "advantage": mean, "random_strengths": [1.0] * 20, "features": [row]}
+    (tmp_path / "small" / "steer").mkdir()
+    (tmp_path / "small" / "steer" / "steer.json").write_text(json.dumps(record))
+    monkeypatch.setenv("SAELAB_EXPLORER_ROOT", str(tmp_path))
+    text = words(opened(frame.STEER, run="small", feature="3"))
+    assert "against 20 random directions" in text
+    assert "Mean advantage +2.25 nats (95 %: +1.50 to +3.00)" in text
 
 
 def test_the_strength_slider_writes_into_the_address(shown: Path):

@@ -103,9 +103,10 @@ def test_no_text_becomes_markup(text: str):
     assert markup.count("<script") == 0
 
 
-@pytest.mark.parametrize(
-    ("share", "written"), [(0, "0 %"), (0.5, "50 %"), (0.0123, "1.2 %"), (0.00056, "0.056 %"), (1e-7, "1e-05 %")]
-)
+WRITTEN = {0: "0 %", 0.5: "50 %", 0.0123: "1.2 %", 0.00056: "0.056 %", 1e-7: "1e-05 %", 0.9997: "99.9 %", 1: "100 %"}
+
+
+@pytest.mark.parametrize(("share", "written"), WRITTEN.items())
 def test_shares_are_written_with_two_digits(share: float, written: str):
     assert figures.percent(share) == written
 

@@ -19,9 +19,9 @@ from saelab_explorer.prompt_text import hand_over, handed_over
 FIRST_EXAMPLES = 10
 
 KIND_SENTENCES = {
-    "token": "fires on these tokens",
-    "previous": "fires on the token that follows",
-    "bigram": "fires on these pairs of tokens",
+    "token": "clearly fires on these tokens",
+    "previous": "clearly fires on the token that follows",
+    "bigram": "clearly fires on these pairs of tokens",
     "promotes": "no rule on tokens describes it; named after what it makes likelier",
     "weak": "a rule seen too rarely to trust",
     "none": "no rule on tokens describes it, and its effect on the logits does not stand out",
@@ -64,6 +64,7 @@ def _head(index: sl.FeatureIndex, record: sl.FeatureRecord) -> None:
         facts = {
             "Density": percent(record.density),
             "Fired on": f"{count(record.n_fired)} tokens",
+            "Clearly on": count(record.n_clear),
             "Largest": f"{record.max_act:.2f}",
             "Mean when on": f"{record.mean_act:.2f}",
             "Median · 90 % · 99 %": f"{middle:.2f} · {high:.2f} · {highest:.2f}",
@@ -102,7 +103,8 @@ def _label_evidence(record: sl.FeatureRecord) -> str:
     if label.precision is None or label.recall is None:
         return sentence
     scores = f"precision <b>{percent(label.precision)}</b>, recall <b>{percent(label.recall)}</b>"
-    return f"{sentence} · {scores} on documents that did not choose the rule ({count(label.n_held_out)} matches)"
+    matches = f"{count(label.n_held_out)} matches in documents that did not choose the rule"
+    return f"{sentence} · {scores} on {matches}; below a quarter of its maximum counts neither way"
 
 
 def _another(index: sl.FeatureIndex, feature: int) -> int:

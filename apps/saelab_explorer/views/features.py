@@ -30,12 +30,13 @@ KIND_NAMES: Mapping[str, str] = {
     "dead": "silent",
 }
 
-_PRECISION = "Share of the rule's held-out matches on which the feature fires"
+_PRECISION = "Share of the rule's held-out matches on which the feature clearly fires: reaches a quarter of its maximum"
+_RECALL = "Share of the held-out clear firings that the rule matches"
 COLUMNS = (
     Column("Feature", "feature", sort="feature"),
     Column("Label", "label", sort="f1", help="Sorts by F1 of the label's rule on held-out text"),
     Column("Precision", "bar", sort="precision", priority=2, help=_PRECISION),
-    Column("Recall", "bar", sort="recall", priority=3, help="Share of the held-out firings that the rule matches"),
+    Column("Recall", "bar", sort="recall", priority=3, help=_RECALL),
     Column("Density", "number", sort="density", help="Share of tokens on which the feature fires"),
     Column("Max", "number", sort="max", priority=2, help="Largest activation in the indexed text"),
     Column("Activations", "spark", priority=3, help="Histogram from 0 to its maximum; heights are logarithmic"),
