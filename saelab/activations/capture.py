@@ -188,7 +188,7 @@ def read_activations(
 
 
 def _check_finite(acts: Float[Tensor, "rows seq d_in"], hook_name: str) -> None:
-    if not math.isfinite(acts.sum(dtype=torch.float32)):    # a sum takes a seventh of the time of asking each value
+    if not math.isfinite(acts.sum(dtype=torch.float32)):  # a sum takes a seventh of the time of asking each value
         kind = str(acts.dtype).removeprefix("torch.")
         raise ArtifactError(
             f"the activations at {hook_name} hold values that are no {kind} numbers (NaN, or too large for it); "
@@ -261,6 +261,7 @@ class _Tally:
 
 # --- one shard
 
+
 def _write_shard(
     file: Path,
     rows: Rows,
@@ -297,6 +298,7 @@ def _check_same_rows(file: Path, rows: Rows) -> None:
 
 
 # --- the stage around the shards
+
 
 def _check_settings(out: Path, config: CacheConfig) -> None:
     before, now = rundir.read_run(out, STAGE)["config"], to_mapping(config)

@@ -75,7 +75,7 @@ def _from_file(file: Path) -> list[_Line]:
         return lines
     try:
         for line in file.read_text("utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):    # a kill may have left half a line
+            if line.endswith("\n"):  # a kill may have left half a line
                 entry = json.loads(line)
                 lines.append(_Line(entry["model_sha256"], from_mapping(ShardEntry, entry["shard"])))
     except (ValueError, KeyError, TypeError, ConfigError):

@@ -18,7 +18,7 @@ from saelab.errors import ConfigError, TextError
 
 __all__ = ["ActivationStats", "Batches", "LiveBatches", "permuted"]
 
-_ROWS_PER_BLOCK = 64    # rows read at once by the passes over the whole store
+_ROWS_PER_BLOCK = 64  # rows read at once by the passes over the whole store
 
 
 class Batches:

@@ -34,8 +34,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 
 Split = Literal["train", "held_out", "all"]
 
-_HEADER_NAMES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}    # safetensors' own names
-_MAX_HEADER_BYTES = 100_000_000                                             # safetensors' own limit
+_HEADER_NAMES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}  # safetensors' own names
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +296,7 @@ def map_shard(file: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(file, framework="pt") as shard:
-            return {name: shard.get_tensor(name) for name in shard.keys()}    # noqa: SIM118 (it is no dict)
+            return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (it is no dict)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file} is damaged or gone ({error}); capture again") from error
 

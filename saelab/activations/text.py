@@ -137,7 +137,7 @@ def _from_jsonl(file: Path, column: str) -> Iterator[Document]:
         except (json.JSONDecodeError, RecursionError) as error:
             raise TextError(f"{file} line {number} is not JSON: {error}; correct the line") from None
         if not isinstance(record, dict):
-            raise TextError(f"{file} line {number} is no JSON object; write {{\"{column}\": \"...\"}} on each line")
+            raise TextError(f'{file} line {number} is no JSON object; write {{"{column}": "..."}} on each line')
         yield _document(record, column, where=f"{file} line {number}", title=f"{file.name} line {number}")
 
 
@@ -170,7 +170,7 @@ def _from_hub(spec: TextConfig) -> Iterator[Document]:
         for number, record in enumerate(stream):
             where = f"{spec.source} row {number}"
             yield _document(record, spec.column, where=where, title=where)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:    # no network, no such name or split
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # no network, no such name or split
         raise TextError(f"the data set {spec.source!r} cannot be read: {_one_line(error)}; {remedy}") from error
 
 
@@ -206,7 +206,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 def _opened(file: Path) -> io.TextIOWrapper:
     try:
-        stream: Any = gzip.open(file) if file.suffix == ".gz" else file.open("rb")    # noqa: SIM115 (the wrapper closes it)
+        stream: Any = gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # noqa: SIM115 (the wrapper closes it)
     except PermissionError:
         raise TextError(f"no permission to read {file}; change its permissions or choose another file") from None
     # universal newlines: the same document whatever system wrote it; "sig": a byte order mark is no text

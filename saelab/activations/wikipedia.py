@@ -27,7 +27,7 @@ _PIP_ARGS = (
     *("--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_24_x86_64"),
     *("--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"),
 )
-_MIN_CHARACTERS = 800   # shorter ones are stubs and lists of meanings
+_MIN_CHARACTERS = 800  # shorter ones are stubs and lists of meanings
 
 
 def demo_text() -> list[Document]:

@@ -137,7 +137,7 @@ def _convert(args: list[str], named: _Named) -> str:
     if rest:
         unit, rest = rest[0], rest[1:]
     text = _quantity(text, unit, compound)
-    if len(rest) >= 2 and re.fullmatch(r"[\d.]+", rest[0]) and rest[1] in ("in", "oz", "lb", "ft"):    # 5 ft 10 in
+    if len(rest) >= 2 and re.fullmatch(r"[\d.]+", rest[0]) and rest[1] in ("in", "oz", "lb", "ft"):  # 5 ft 10 in
         text += (" " if not compound else "-") + _quantity(rest[0], rest[1], compound)
     return text
 
@@ -187,7 +187,7 @@ _SHOWN: dict[str, Callable[[list[str], _Named], str]] = {
     "railgauge": lambda args, named: _first(args, named),
     "'s": _constant("'s"),
     "'": _constant("'"),
-    "-\"": _constant("\""),
+    '-"': _constant('"'),
     "=": _constant("="),
     "harvtxt": lambda args, named: f"{' and '.join(args[:-1])} ({args[-1]})" if len(args) > 1 else "",
     "hms": _ship("HMS"),

@@ -28,7 +28,7 @@ _DROPPED_TAGS = frozenset(
     ]
 )
 _NOT_SHOWN = re.compile(r"(file|image|media|category|[a-z]{2,3}(-[a-z]+)*|simple) *:", re.IGNORECASE)
-_BOOK = re.compile(r"\bIS[BS]N\b")    # a list of publications that no heading gives away
+_BOOK = re.compile(r"\bIS[BS]N\b")  # a list of publications that no heading gives away
 _INVISIBLE = {0xA0: " ", 0x200B: None, 0x200E: None, 0x200F: None, 0xAD: None, 0xFEFF: None}
 _SUPERSCRIPTS = str.maketrans("0123456789+-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻")
 
@@ -39,7 +39,7 @@ _MIN_WORDS_OF_PARAGRAPH = 6
 
 
 class _Block(NamedTuple):
-    level: int    # of a heading; 0 for prose and lists
+    level: int  # of a heading; 0 for prose and lists
     text: str
 
 
@@ -105,14 +105,14 @@ def _link_text(link: Any) -> str:
     if _NOT_SHOWN.match(title):
         return ""
     text = _rendered(link.text) if link.text is not None else title.removeprefix(":")
-    return text if "\n\n" not in text else ""    # a link does not span paragraphs: this one was never closed
+    return text if "\n\n" not in text else ""  # a link does not span paragraphs: this one was never closed
 
 
 def _tag_text(tag: Any) -> str:
     name = str(tag.tag).strip().lower()
     if name in _DROPPED_TAGS:
         return _formula(tag) if name == "math" else ""
-    if name in ("li", "dd", "dt"):    # "*", "#", ":", ";" at the start of a line, or an HTML list
+    if name in ("li", "dd", "dt"):  # "*", "#", ":", ";" at the start of a line, or an HTML list
         return (_ITEM if tag.wiki_markup else f"\n{_ITEM}") + _rendered(tag.contents)
     if name == "br":
         return _BREAK
@@ -152,7 +152,7 @@ def _blocks(rendered: str) -> list[_Block]:
         if line.startswith(_HEADING):
             close()
             blocks.append(_Block(int(line[1]), _tidy(line[2:])))
-        elif not start or start.startswith(("|", "!", "{|", "}}")):   # remains of a table that was never closed
+        elif not start or start.startswith(("|", "!", "{|", "}}")):  # remains of a table that was never closed
             close()
         elif line.startswith(_ITEM):
             if prose:
@@ -196,16 +196,16 @@ def _words(text: str) -> int:
 def _tidy(text: str) -> str:
     """One paragraph's spacing and punctuation after its markup went."""
     text = html.unescape(text).translate(_INVISIBLE)
-    text = re.sub(r"'{2,}", "", text)                                  # bold and italics
-    text = re.sub(r"\[\[ *(?:file|image|category) *:[^\[\]]*", "", text, flags=re.IGNORECASE)    # never closed
+    text = re.sub(r"'{2,}", "", text)  # bold and italics
+    text = re.sub(r"\[\[ *(?:file|image|category) *:[^\[\]]*", "", text, flags=re.IGNORECASE)  # never closed
     text = re.sub(r"\[\[(?:[^\[\]|]*\|)?|\]\]|\{\{|\}\}|\{\||\|\}", "", text)  # halves of links, templates, tables
-    text = re.sub(r"</?[a-zA-Z][^<>]*>", "", text)                     # tags that were never closed
+    text = re.sub(r"</?[a-zA-Z][^<>]*>", "", text)  # tags that were never closed
     text = text.replace(_ITEM, "").replace(_HEADING, "")
     text = re.sub(r"(?<=\s)\|(?=\w)", "", text)
     text = re.sub(r"\s+", " ", text).strip()
     text = _without_holes(text)
     before = None
-    while before != text:                                              # what a dropped template leaves inside brackets
+    while before != text:  # what a dropped template leaves inside brackets
         before = text
         text = re.sub(r"([(\[])\s*(?:[,;:/–-]|or\b|and\b)*\s*([)\]])", "", text)
         text = re.sub(r"\(\s*[,;:]+\s*", "(", text)

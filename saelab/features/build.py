@@ -201,7 +201,7 @@ def _describe(
         positions=positions,
         windows=examples.windows(pairs, positions, corpus.tokens, window=settings.window, after=settings.after),
         n_clear=clear.n_fired,
-        n_clear_held_out=counts.total.held_out,   # the same in every view
+        n_clear_held_out=counts.total.held_out,  # the same in every view
         tokens=tokens,
         rules=tuple(rules),
     )
@@ -281,32 +281,44 @@ def _save_all(
     store_positions = np.append(corpus.store_positions(), -1)[described.positions]
     docs = np.append(corpus.docs.reshape(-1), -1)[described.positions].astype(np.int32)
     windows, effects, tokens = described.windows, related.effects, described.tokens
-    _save(out / "examples.safetensors", {
-        "positions": store_positions,
-        "token_ids": windows.token_ids,
-        "acts": windows.acts,
-        "peaks": windows.peaks.astype(np.int16),
-        "docs": docs,
-    })
-    _save(out / "logits.safetensors", {
-        "promoted_ids": effects.promoted_ids,
-        "promoted_effects": effects.promoted_effects,
-        "suppressed_ids": effects.suppressed_ids,
-        "suppressed_effects": effects.suppressed_effects,
-    })
-    _save(out / "neighbours.safetensors", {
-        "cosine_features": related.by_cosine.features,
-        "cosine_scores": related.by_cosine.scores,
-        "coactivation_features": related.by_coactivation.features,
-        "coactivation_scores": related.by_coactivation.scores,
-    })
+    _save(
+        out / "examples.safetensors",
+        {
+            "positions": store_positions,
+            "token_ids": windows.token_ids,
+            "acts": windows.acts,
+            "peaks": windows.peaks.astype(np.int16),
+            "docs": docs,
+        },
+    )
+    _save(
+        out / "logits.safetensors",
+        {
+            "promoted_ids": effects.promoted_ids,
+            "promoted_effects": effects.promoted_effects,
+            "suppressed_ids": effects.suppressed_ids,
+            "suppressed_effects": effects.suppressed_effects,
+        },
+    )
+    _save(
+        out / "neighbours.safetensors",
+        {
+            "cosine_features": related.by_cosine.features,
+            "cosine_scores": related.by_cosine.scores,
+            "coactivation_features": related.by_coactivation.features,
+            "coactivation_scores": related.by_coactivation.scores,
+        },
+    )
     _save(out / "histograms.safetensors", {"counts": described.statistics.histogram.astype(np.int64)})
-    _save(out / "tokens.safetensors", {
-        "token_ids": tokens.items.astype(np.int32),
-        "n_fired": tokens.n_fired.astype(np.int32),
-        "n_clear": tokens.n_clear.astype(np.int32),
-        "n_occurrences": np.bincount(corpus.tokens[:, 1:].reshape(-1), minlength=len(vocabulary)).astype(np.int64),
-    })
+    _save(
+        out / "tokens.safetensors",
+        {
+            "token_ids": tokens.items.astype(np.int32),
+            "n_fired": tokens.n_fired.astype(np.int32),
+            "n_clear": tokens.n_clear.astype(np.int32),
+            "n_occurrences": np.bincount(corpus.tokens[:, 1:].reshape(-1), minlength=len(vocabulary)).astype(np.int64),
+        },
+    )
     with atomic.replacing(out / index.TABLE) as file:
         pq.write_table(_table(described, effects, written, corpus.n_tokens), file)
     _write_text(out / "vocabulary.json", vocabulary)
@@ -316,28 +328,30 @@ def _save_all(
 
 def _table(described: Described, effects: logits.LogitTable, written: Written, n_tokens: int) -> pa.Table:
     stats, labels = described.statistics, written.labels
-    return pa.table({
-        "feature": np.arange(len(labels), dtype=np.int32),
-        "density": stats.n_fired / n_tokens,
-        "n_fired": stats.n_fired,
-        "n_clear": described.n_clear,
-        "max": stats.max,
-        "mean": stats.mean.astype(np.float32),
-        "q50": stats.quantiles[:, 0].astype(np.float32),
-        "q90": stats.quantiles[:, 1].astype(np.float32),
-        "q99": stats.quantiles[:, 2].astype(np.float32),
-        "label": [each.text for each in labels],
-        "label_kind": [each.kind for each in labels],
-        "label_precision": pa.array([each.precision for each in labels], pa.float64()),
-        "label_recall": pa.array([each.recall for each in labels], pa.float64()),
-        "label_f1": pa.array([each.f1 for each in labels], pa.float64()),
-        "label_n_held_out": pa.array([each.n_held_out for each in labels], pa.int64()),
-        "rule_previous": pa.array([[item.previous for item in each.rule] for each in labels], pa.list_(pa.int32())),
-        "rule_token": pa.array([[item.token for item in each.rule] for each in labels], pa.list_(pa.int32())),
-        "promoted": written.promotes,
-        "logit_z": effects.z,
-        "top_token": written.top_tokens,
-    })
+    return pa.table(
+        {
+            "feature": np.arange(len(labels), dtype=np.int32),
+            "density": stats.n_fired / n_tokens,
+            "n_fired": stats.n_fired,
+            "n_clear": described.n_clear,
+            "max": stats.max,
+            "mean": stats.mean.astype(np.float32),
+            "q50": stats.quantiles[:, 0].astype(np.float32),
+            "q90": stats.quantiles[:, 1].astype(np.float32),
+            "q99": stats.quantiles[:, 2].astype(np.float32),
+            "label": [each.text for each in labels],
+            "label_kind": [each.kind for each in labels],
+            "label_precision": pa.array([each.precision for each in labels], pa.float64()),
+            "label_recall": pa.array([each.recall for each in labels], pa.float64()),
+            "label_f1": pa.array([each.f1 for each in labels], pa.float64()),
+            "label_n_held_out": pa.array([each.n_held_out for each in labels], pa.int64()),
+            "rule_previous": pa.array([[item.previous for item in each.rule] for each in labels], pa.list_(pa.int32())),
+            "rule_token": pa.array([[item.token for item in each.rule] for each in labels], pa.list_(pa.int32())),
+            "promoted": written.promotes,
+            "logit_z": effects.z,
+            "top_token": written.top_tokens,
+        }
+    )
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -201,7 +201,7 @@ def best_sets(
     np.maximum.at(ratio, feature, 2 * clear / (total[feature] + scored))
     while True:
         gain = 2 * clear - ratio[feature] * scored
-        order = np.lexsort((-gain, feature))   # stable: equals stay in the order of their items
+        order = np.lexsort((-gain, feature))  # stable: equals stay in the order of their items
         order = order[(gain[order] > 0) & (rank_within(feature[order]) < MAX_ITEMS)]
         numerator = np.bincount(feature[order], weights=2 * clear[order], minlength=n_features)
         denominator = total + np.bincount(feature[order], weights=scored[order], minlength=n_features)

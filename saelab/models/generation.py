@@ -84,6 +84,6 @@ def next_token(
     probs = ((logits - logits.max()) / temperature).softmax(0)
     if top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
-        outside = ordered.cumsum(0) - ordered >= top_p      # the likelier ones reach top_p without this one
+        outside = ordered.cumsum(0) - ordered >= top_p  # the likelier ones reach top_p without this one
         probs = probs.index_fill(0, order[outside], 0.0)
     return int(torch.multinomial(probs, 1, generator=generator))

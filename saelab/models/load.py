@@ -160,7 +160,7 @@ def _hub_is_reachable() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:      # which class depends on the HTTP library that the installed hub client uses
+    except Exception as error:  # which class depends on the HTTP library that the installed hub client uses
         _log.info("the Hugging Face hub does not answer (%s); using what its cache holds", error)
         return False
     return True
@@ -198,7 +198,7 @@ def _hub_error(name: str, error: Exception) -> AssetError | None:
     def has(*classes: type[BaseException]) -> bool:
         return any(isinstance(cause, classes) for cause in _chain(error))
 
-    if has(hub.GatedRepoError):     # before its parent class, RepositoryNotFoundError
+    if has(hub.GatedRepoError):  # before its parent class, RepositoryNotFoundError
         return AssetError(f"{name} is gated on the Hugging Face hub; accept its terms there and run: hf auth login")
     if has(hub.RepositoryNotFoundError, hub.HFValidationError):
         hint = nearest(name, DEMO_NAMES)

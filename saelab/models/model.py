@@ -98,7 +98,7 @@ class Model:
         if norm is None:
             return None
         signs = torch.ones(1, self.d_model, device=self.device)
-        signs[:, 1::2] = -1                       # mean 0 and root mean square 1, so that the norm divides by 1
+        signs[:, 1::2] = -1  # mean 0 and root mean square 1, so that the norm divides by 1
         with torch.no_grad():
             norm = copy.deepcopy(norm).float()
             return ((norm(signs) - norm(-signs)) / 2 * signs)[0]
@@ -271,10 +271,10 @@ class Model:
         if cache is None:
             self._check_tokens(ids, mask)
         options: dict[str, Any] = {"use_cache": generating, "past_key_values": cache}
-        if not bool(mask.all()):            # without padding the unmasked path gives the same and is faster
+        if not bool(mask.all()):  # without padding the unmasked path gives the same and is faster
             options["attention_mask"] = mask.long()
         if generating and self._takes_logits_to_keep:
-            options["logits_to_keep"] = 1   # the unembedding would be most of the work on a long prompt
+            options["logits_to_keep"] = 1  # the unembedding would be most of the work on a long prompt
         with self.lock, torch.no_grad():
             self._keep = behind_first(mask) if editable is None else editable.to(self.device)
             try:
@@ -333,14 +333,14 @@ class Model:
         def hook_fn(acts: Tensor, hook: Any) -> Tensor:
             keep = self._keep
             if keep is not None and name in _UNEMBEDDING:
-                keep = keep[:, -acts.shape[1] :]    # generation computes the logits of the last position only
+                keep = keep[:, -acts.shape[1] :]  # generation computes the logits of the last position only
             if keep is None or keep.shape != acts.shape[:2]:
                 raise ConfigError(
                     f"an edit at {name} is active, but this forward pass did not come through saelab's Model, so the"
                     " positions to leave alone are not known; use its logits, capture or generate"
                 )
             before = acts.flatten(2)
-            after = fn(before.clone(), keep)    # a copy, so that an fn that works in place cannot reach BOS
+            after = fn(before.clone(), keep)  # a copy, so that an fn that works in place cannot reach BOS
             if after.shape != before.shape:
                 raise ShapeError(f"the edit at {name} made {tuple(before.shape)} {tuple(after.shape)}; keep the shape")
             return torch.where(keep[..., None], after.to(acts), before).view(acts.shape)
@@ -366,7 +366,7 @@ class Model:
             return (acts.float() + change.pop("delta")).to(acts.dtype)
 
         end = self.bridge.hook_dict[name.replace("hook_resid_mid", "hook_resid_post")]
-        stack.callback(end.register_forward_hook(at_end, prepend=True).remove)   # before any edit of resid_post
+        stack.callback(end.register_forward_hook(at_end, prepend=True).remove)  # before any edit of resid_post
         return at_middle
 
     # --- generation

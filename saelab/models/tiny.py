@@ -58,7 +58,7 @@ def write_tiny_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         for name, parameter in model.named_parameters():
-            if "norm" in name:      # they begin at 1, which would hide a forgotten gain
+            if "norm" in name:  # they begin at 1, which would hide a forgotten gain
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
     with quiet_loading(), atomic.replacing_directory(path) as temporary:
         model.save_pretrained(temporary)
@@ -80,7 +80,7 @@ def tiny_tokenizer() -> Any:
         spelled = [letters[byte] for byte in f" {word}".encode()]
         for end in range(1, len(spelled)):
             pair = ("".join(spelled[:end]), spelled[end])
-            if "".join(pair) not in vocab:      # a prefix that an earlier word shares
+            if "".join(pair) not in vocab:  # a prefix that an earlier word shares
                 vocab["".join(pair)] = len(vocab)
                 merges.append(pair)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))

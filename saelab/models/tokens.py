@@ -26,7 +26,7 @@ def right_padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> Tokens:
 
 def left_padded(tokens: Tokens) -> Tokens:
     """The same rows with the padding in front, as generation needs it: a new token follows the last real one."""
-    order = tokens.mask.int().argsort(dim=1, stable=True)   # padding first, then the real tokens in their order
+    order = tokens.mask.int().argsort(dim=1, stable=True)  # padding first, then the real tokens in their order
     return Tokens(tokens.ids.gather(1, order), tokens.mask.gather(1, order))
 
 

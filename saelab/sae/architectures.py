@@ -29,5 +29,7 @@ def new_sae(cfg: AnyConfig, *, d_in: int, generator: torch.Generator | None = No
             return BatchTopK(cfg, d_in, generator=generator)
         case JumpReLUConfig():
             return JumpReLU(cfg, d_in, generator=generator)
-    raise ConfigError(f"{type(cfg).__name__} is the config of no architecture; "
-                      "use ReLUConfig, TopKConfig, BatchTopKConfig or JumpReLUConfig")
+    raise ConfigError(
+        f"{type(cfg).__name__} is the config of no architecture; "
+        "use ReLUConfig, TopKConfig, BatchTopKConfig or JumpReLUConfig"
+    )

@@ -27,11 +27,11 @@ class SAELoss(NamedTuple):
     """What one training batch gives. The four losses are scalars; ``total`` is the one to differentiate."""
 
     total: Float[Tensor, ""]
-    reconstruction: Float[Tensor, ""]   # mean |acts - recon|^2 / d_in; with mean |acts|^2 = d_in the unexplained share
-    sparsity: Float[Tensor, ""]         # its coefficient included
-    aux: Float[Tensor, ""]              # its coefficient included
-    fired: Bool[Tensor, " d_sae"]       # features active on at least one token
-    l0: Float[Tensor, ""]               # active features per token
+    reconstruction: Float[Tensor, ""]  # mean |acts - recon|^2 / d_in; with mean |acts|^2 = d_in the unexplained share
+    sparsity: Float[Tensor, ""]  # its coefficient included
+    aux: Float[Tensor, ""]  # its coefficient included
+    fired: Bool[Tensor, " d_sae"]  # features active on at least one token
+    l0: Float[Tensor, ""]  # active features per token
 
 
 class SparseActs(NamedTuple):
@@ -136,8 +136,10 @@ class SAE(nn.Module):
             ShapeError: not one entry for each feature.
         """
         if feature_acts.shape[-1] != self.d_sae:
-            raise ShapeError(f"decode got {feature_acts.shape[-1]} feature activations, but the SAE has "
-                             f"{self.d_sae} features; give what encode returned")
+            raise ShapeError(
+                f"decode got {feature_acts.shape[-1]} feature activations, but the SAE has "
+                f"{self.d_sae} features; give what encode returned"
+            )
         return feature_acts.to(self.dtype) @ self.W_dec + self.b_dec
 
     @torch.no_grad()
@@ -155,8 +157,9 @@ class SAE(nn.Module):
         Raises:
             ConfigError: the architecture is for inference only.
         """
-        raise ConfigError(f"an SAE of architecture {self.cfg.arch!r} is for inference only; "
-                          "train one of relu, topk, batchtopk")
+        raise ConfigError(
+            f"an SAE of architecture {self.cfg.arch!r} is for inference only; train one of relu, topk, batchtopk"
+        )
 
     def feature(self, index: int) -> Feature:
         """One feature of this SAE, for steering and reading.
@@ -201,8 +204,10 @@ class SAE(nn.Module):
         """``acts`` in the precision of the SAE."""
         if acts.shape[-1] != self.d_in:
             hook = self.metadata.hook_name or "a hook"
-            raise ShapeError(f"the activations have width {acts.shape[-1]}, but this SAE reads {hook} of width "
-                             f"{self.d_in}; give activations of the hook it was trained on")
+            raise ShapeError(
+                f"the activations have width {acts.shape[-1]}, but this SAE reads {hook} of width "
+                f"{self.d_in}; give activations of the hook it was trained on"
+            )
         return acts.to(self.dtype)
 
 

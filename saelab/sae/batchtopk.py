@@ -42,8 +42,10 @@ class BatchTopKConfig:
         if self.k_aux is not None and self.k_aux < 1:
             raise ConfigError(f"k_aux must be at least 1, got {self.k_aux}; leave it out for d_in / 2")
         if not 0 <= self.threshold_momentum < 1:
-            raise ConfigError(f"threshold_momentum must be at least 0 and below 1, got {self.threshold_momentum}; "
-                              "the usual value is 0.99")
+            raise ConfigError(
+                f"threshold_momentum must be at least 0 and below 1, got {self.threshold_momentum}; "
+                "the usual value is 0.99"
+            )
 
 
 class BatchTopK(SAE):

@@ -56,8 +56,10 @@ def save_sae(sae: SAE, path: str | os.PathLike[str], *, density: Float[Tensor, "
     tensors = _tensors_of(sae)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ArtifactError(f"{name} of the SAE for {path} holds a value that is not finite, so it is not saved; "
-                                "take an earlier checkpoint")
+            raise ArtifactError(
+                f"{name} of the SAE for {path} holds a value that is not finite, so it is not saved; "
+                "take an earlier checkpoint"
+            )
     path.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(path / "sae_weights.safetensors") as temporary:
         save_file(tensors, temporary)
@@ -172,15 +174,20 @@ def _read_header(path: Path) -> _Header:
     _check_version(path, content)
     architecture = content.get("architecture")
     if architecture not in _TENSORS:
-        raise ArtifactError(f"{path} has architecture {architecture!r}, which this version does not read; "
-                            f"{nearest(str(architecture), _TENSORS)}")
+        raise ArtifactError(
+            f"{path} has architecture {architecture!r}, which this version does not read; "
+            f"{nearest(str(architecture), _TENSORS)}"
+        )
     for name in ("d_in", "d_sae"):
         if type(content.get(name)) is not int or content[name] < 1:
-            raise ArtifactError(f"{path} has {name} = {content.get(name)!r}, but it must be a whole number from 1; "
-                                "save the SAE again")
+            raise ArtifactError(
+                f"{path} has {name} = {content.get(name)!r}, but it must be a whole number from 1; save the SAE again"
+            )
     if content.get("normalize_activations", "none") != "none":
-        raise ArtifactError(f"{path} normalises its input by {content['normalize_activations']!r}, which is not read; "
-                            "fold it into the weights with the tool that made the file")
+        raise ArtifactError(
+            f"{path} normalises its input by {content['normalize_activations']!r}, which is not read; "
+            "fold it into the weights with the tool that made the file"
+        )
     return _Header(path, content, architecture, content["d_in"], content["d_sae"])
 
 
@@ -188,8 +195,10 @@ def _check_version(path: Path, content: dict[str, Any]) -> None:
     version = content["metadata"].get("sae_lens_version") or content.get("sae_lens_version")
     major = str(version).partition(".")[0]
     if not major.isdigit() or int(major) < 6:
-        raise ArtifactError(f"{path} is in the layout of SAELens {version or 'before 6'}; "
-                            "open it there and save it with SAELens 6 or later")
+        raise ArtifactError(
+            f"{path} is in the layout of SAELens {version or 'before 6'}; "
+            "open it there and save it with SAELens 6 or later"
+        )
 
 
 def _read_tensors(path: Path, header: _Header) -> dict[str, Tensor]:
@@ -204,17 +213,21 @@ def _read_tensors(path: Path, header: _Header) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         wanted = shapes.get(name, (header.d_sae,))
         if tuple(tensor.shape) != wanted:
-            raise ArtifactError(f"{path} holds {name} of shape {list(tensor.shape)}, but cfg.json (d_in={header.d_in}, "
-                                f"d_sae={header.d_sae}) says {list(wanted)}; the two files belong to different SAEs")
+            raise ArtifactError(
+                f"{path} holds {name} of shape {list(tensor.shape)}, but cfg.json (d_in={header.d_in}, "
+                f"d_sae={header.d_sae}) says {list(wanted)}; the two files belong to different SAEs"
+            )
         if not tensor.is_floating_point():
-            raise ArtifactError(f"{path} holds {name} as {tensor.dtype}, but weights are floating-point; "
-                                "save the SAE again")
+            raise ArtifactError(
+                f"{path} holds {name} as {tensor.dtype}, but weights are floating-point; save the SAE again"
+            )
         if not tensor.isfinite().all():
             raise ArtifactError(f"{path} holds a value in {name} that is not finite; take an older version of it")
     expected = header.ours.get("weights_sha256")
     if expected and atomic.sha256(path) != expected:
-        raise ArtifactError(f"{path} is damaged or not the file that cfg.json describes (its checksum differs); "
-                            "copy it again")
+        raise ArtifactError(
+            f"{path} is damaged or not the file that cfg.json describes (its checksum differs); copy it again"
+        )
     return tensors
 
 

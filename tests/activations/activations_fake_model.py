@@ -19,13 +19,13 @@ class FakeModel(Model):
     """One token a byte, BOS 256."""
 
     bos_id = 256
-    context = 512    # type: ignore[assignment]
+    context = 512  # type: ignore[assignment]
 
     def __init__(self, *, widths: dict[str, int] = HOOKS, seed: int = 0, seconds_per_forward: float = 0.0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.widths = widths
         self.tables = {hook: torch.randn(257, width, generator=generator) for hook, width in widths.items()}
-        self.weights_sha256 = f"{seed:064d}"    # type: ignore[misc]
+        self.weights_sha256 = f"{seed:064d}"  # type: ignore[misc]
         self.seconds_per_forward = seconds_per_forward
         self.n_forwards = 0
 

@@ -25,7 +25,7 @@ from saelab.models.load import Model, load_model  # noqa: E402
 def main(out: Path, config_file: Path, model_name: str, limit: int | None) -> None:
     config = from_mapping(CacheConfig, json.loads(config_file.read_text()))
     model: Model = FakeModel(seconds_per_forward=2e-3) if model_name == "fake" else load_model(model_name, device="cpu")
-    model.weights_sha256    # noqa: B018 (hashed once, before the time that the test measures)
+    model.weights_sha256  # noqa: B018 (hashed once, before the time that the test measures)
     print("begun", flush=True)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

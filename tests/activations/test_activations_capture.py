@@ -138,6 +138,7 @@ def test_the_stage_records_settings_from_which_it_can_be_repeated(config: CacheC
 
 # --- interrupted at every step
 
+
 class Interruption(BaseException):
     pass
 
@@ -153,21 +154,26 @@ def crash_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             if budget["left"] < 0:
                 raise Interruption
             return function(*args, **kwargs)
+
         return wrapped
 
     monkeypatch.setattr(atomic, "fsync", stopping(atomic.fsync))
     monkeypatch.setattr(atomic, "append", stopping(atomic.append))
     monkeypatch.setattr(os, "replace", stopping(os.replace))
-    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False, unlink=Path.unlink: (
-        None if budget["left"] < 0 else unlink(path, missing_ok=missing_ok)    # a killed process cleans nothing up
-    ))
+    monkeypatch.setattr(
+        Path,
+        "unlink",
+        lambda path, missing_ok=False, unlink=Path.unlink: (
+            None if budget["left"] < 0 else unlink(path, missing_ok=missing_ok)  # a killed process cleans nothing up
+        ),
+    )
     return budget
 
 
 def test_an_interruption_at_any_step_changes_no_byte(
     config: CacheConfig, tmp_path: Path, crash_at: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(rundir, "environment", dict)    # asking git for the revision takes longer than the capture
+    monkeypatch.setattr(rundir, "environment", dict)  # asking git for the revision takes longer than the capture
     capture(config, tmp_path / "whole", model=FakeModel())
     n_steps = 10**9 - crash_at["left"]
     assert n_steps > 20
@@ -190,7 +196,7 @@ def test_only_the_shard_in_progress_is_captured_again(config: CacheConfig, tmp_p
     interrupt_during_shard(2, config, out)
     capture(config, out, model=model, resume=True)
     n_shards = len(list(out.glob("shard_*")))
-    assert model.n_forwards <= (n_shards - 2) * 3    # three forward passes make a shard
+    assert model.n_forwards <= (n_shards - 2) * 3  # three forward passes make a shard
 
 
 def interrupt_during_shard(number: int, config: CacheConfig, out: Path, *, resume: bool = False) -> None:
@@ -260,6 +266,7 @@ def test_resuming_with_other_settings_model_or_text_is_refused(config: CacheConf
 
 # --- bad input
 
+
 def test_bad_settings_are_refused():
     for changes, words in [
         ({"hook_names": ()}, "hook_names"),
@@ -271,7 +278,7 @@ def test_bad_settings_are_refused():
         ({"rows_per_shard": 0}, "rows_per_shard"),
     ]:
         with pytest.raises(ConfigError, match=words):
-            CacheConfig(**changes)    # type: ignore[arg-type]
+            CacheConfig(**changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +337,7 @@ def test_nothing_held_out_is_warned_about(config: CacheConfig, tmp_path: Path, c
 
 
 # --- a real model
+
 
 def test_the_tiny_model_captures_what_it_computes(tiny_model, config: CacheConfig, tmp_path: Path):
     hooks = ["blocks.1.hook_resid_post", "blocks.2.attn.hook_z"]

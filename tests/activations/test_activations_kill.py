@@ -64,7 +64,7 @@ def artefact(path: Path) -> dict[str, str]:
 
 def complete(out: Path, config_file: Path, model: str) -> float:
     """Run the capture in ``out`` to its end; the seconds it took."""
-    if model == "fake":    # in this process, which has torch loaded already
+    if model == "fake":  # in this process, which has torch loaded already
         config = from_mapping(CacheConfig, json.loads(config_file.read_text()))
         began = time.monotonic()
         capture(config, out, model=FakeModel(seconds_per_forward=0.002), resume=True)
@@ -88,7 +88,7 @@ def killed_and_resumed(config_file: Path, model: str, *, kills: int) -> None:
     rng = random.Random(0)
     n_in_progress = 0
     for attempt in range(kills):
-        out = folder / f"out{attempt // 4}"    # up to four kills in a row, each a part of the way, before it may finish
+        out = folder / f"out{attempt // 4}"  # up to four kills in a row, each a part of the way, before it may finish
         process = start(out, config_file, model)
         time.sleep(rng.uniform(0, seconds / 3))
         process.kill()

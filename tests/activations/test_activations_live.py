@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> CacheConfig:
 
 def live(config: CacheConfig, model: FakeModel | None = None, **changes: object) -> LiveBatches:
     settings = {"batch_size": 20, "seed": 0, "chunk_rows": 8} | changes
-    return LiveBatches(model or FakeModel(), config, HOOK, **settings)    # type: ignore[arg-type]
+    return LiveBatches(model or FakeModel(), config, HOOK, **settings)  # type: ignore[arg-type]
 
 
 def in_order(acts: torch.Tensor) -> torch.Tensor:
@@ -50,14 +50,14 @@ def test_one_pass_gives_the_training_tokens_of_the_store(config: CacheConfig, tm
 def test_each_chunk_is_captured_once_when_steps_increase(config: CacheConfig):
     model = FakeModel()
     batches = live(config, model)
-    for step in range(12):    # 240 tokens: two chunks of 120
+    for step in range(12):  # 240 tokens: two chunks of 120
         batches.at(step)
     assert model.n_forwards == 2 * 2
 
 
 def test_a_batch_depends_on_the_step_alone(config: CacheConfig):
     straight = live(config)
-    expected = [straight.at(step) for step in range(40)]    # several passes over the text
+    expected = [straight.at(step) for step in range(40)]  # several passes over the text
     for step in (39, 0, 17, 5, 6, 38):
         torch.testing.assert_close(live(config).at(step), expected[step], rtol=0, atol=0)
         torch.testing.assert_close(straight.at(step), expected[step], rtol=0, atol=0)

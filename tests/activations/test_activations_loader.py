@@ -25,6 +25,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 # --- the permutation
 
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_permuted_is_a_bijection(n: int, key: int):
@@ -73,10 +74,11 @@ def test_every_order_of_four_things_occurs_about_equally_often():
         order = tuple(permuted(np.arange(4), 4, mixed_key(key)).tolist())
         orders[order] = orders.get(order, 0) + 1
     assert len(orders) == 24
-    assert max(orders.values()) < 45    # 20 are expected; a weak key schedule favours some orders
+    assert max(orders.values()) < 45  # 20 are expected; a weak key schedule favours some orders
 
 
 # --- batches
+
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ActivationStore]:
@@ -107,8 +109,8 @@ def rows_sorted(acts: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_an_epoch_visits_every_token_but_bos_once(stored: Callable[..., ActivationStore], split: str):
     store = stored("plain")
-    batches = Batches(store, HOOK, batch_size=1, seed=0, split=split)    # type: ignore[arg-type]
-    rows = store.rows(split)    # type: ignore[arg-type]
+    batches = Batches(store, HOOK, batch_size=1, seed=0, split=split)  # type: ignore[arg-type]
+    rows = store.rows(split)  # type: ignore[arg-type]
     assert batches.n_tokens == len(rows) * 15
     assert batches.n_outliers == 0
     expected = [row * 16 + place for row in rows for place in range(1, 16)]
@@ -117,7 +119,7 @@ def test_an_epoch_visits_every_token_but_bos_once(stored: Callable[..., Activati
         steps = range(epoch * batches.n_tokens, (epoch + 1) * batches.n_tokens)
         orders.append(np.concatenate([batches.positions(step) for step in steps]).tolist())
         assert sorted(orders[epoch]) == expected
-    assert len({tuple(order) for order in [expected, *orders]}) == 3    # each epoch has an order of its own
+    assert len({tuple(order) for order in [expected, *orders]}) == 3  # each epoch has an order of its own
 
 
 def test_batches_are_the_vectors_at_their_positions(stored: Callable[..., ActivationStore]):
@@ -186,6 +188,7 @@ def test_too_large_a_batch_and_an_empty_split_are_refused(stored: Callable[..., 
 
 
 # --- statistics
+
 
 def test_statistics_are_those_of_the_split_without_bos(stored: Callable[..., ActivationStore]):
     store = stored("plain")

@@ -18,7 +18,7 @@ def encode(text: str) -> list[int]:
 def packed(texts: list[str], **changes: object) -> list[PackedRow]:
     arguments = {"context": 5, "bos_id": BOS, "held_out": 0.3, "max_tokens": 10**6} | changes
     documents = (Document(text, f"title {i}") for i, text in enumerate(texts))
-    return list(pack(documents, encode, **arguments))    # type: ignore[arg-type]
+    return list(pack(documents, encode, **arguments))  # type: ignore[arg-type]
 
 
 def test_documents_follow_one_another_behind_a_bos_in_each_row():
@@ -66,7 +66,7 @@ def test_nothing_is_read_after_the_budget_is_spent():
         yield Document("abcdefghijkl", "")
         pytest.fail("read a third document")
 
-    rows = list(pack(endless(), encode, context=5, bos_id=BOS, held_out=0.0, max_tokens=30))    # type: ignore[arg-type]
+    rows = list(pack(endless(), encode, context=5, bos_id=BOS, held_out=0.0, max_tokens=30))  # type: ignore[arg-type]
     assert len(rows) == 6
 
 

@@ -44,6 +44,7 @@ def path(finished: Path, tmp_path: Path) -> Path:
 
 # --- reading
 
+
 def test_a_workspace_is_as_good_as_the_directory_itself(finished: Path):
     assert ActivationStore.open(finished.parent).path == finished
     assert ActivationStore.open(str(finished)).manifest == ActivationStore.open(finished, verify="full").manifest
@@ -109,6 +110,7 @@ def test_changing_what_was_read_does_not_change_the_file(path: Path):
 
 
 # --- damage
+
 
 def test_any_flipped_bit_is_found_by_verifying_and_the_file_named(path: Path):
     rng = random.Random(0)

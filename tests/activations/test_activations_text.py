@@ -16,7 +16,7 @@ from saelab.errors import ConfigError, TextError
 
 
 def texts_of(source: Path | str, **settings: object) -> list[str]:
-    return [document.text for document in open_text(TextConfig(source=str(source), **settings))]    # type: ignore[arg-type]
+    return [document.text for document in open_text(TextConfig(source=str(source), **settings))]  # type: ignore[arg-type]
 
 
 def test_a_text_file_is_one_document_named_after_the_file(tmp_path: Path):
@@ -139,6 +139,7 @@ def test_titles_are_one_line_of_valid_text(tmp_path: Path):
 
 # --- data sets of the hub, by way of a local directory, which the same function opens
 
+
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -165,7 +166,7 @@ def test_a_data_set_streams_one_split(data_set: Path):
 
 @pytest.mark.parametrize("settings", [{"split": "valid"}, {"column": "text"}, {"subset": "french"}])
 def test_a_data_set_without_the_wanted_part_says_so(data_set: Path, settings: dict[str, str]):
-    spec = TextConfig(source=str(data_set), **({"column": "content"} | settings))    # type: ignore[arg-type]
+    spec = TextConfig(source=str(data_set), **({"column": "content"} | settings))  # type: ignore[arg-type]
     with pytest.raises(TextError) as error:
         list(text_module._from_hub(spec))
     assert str(data_set) in str(error.value)
@@ -180,6 +181,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(no_network: None):
 
 # --- held out
 
+
 @given(st.text(), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_fraction_only_adds_documents(text: str, one: float, two: float):
     small, large = sorted((one, two))
@@ -190,7 +192,7 @@ def test_a_larger_fraction_only_adds_documents(text: str, one: float, two: float
 
 def test_about_the_fraction_asked_for_is_held_out_and_always_the_same_documents():
     chosen = [is_held_out(f"document {i}", 0.05) for i in range(20_000)]
-    assert sum(chosen) == pytest.approx(1000, abs=100)    # three standard deviations
+    assert sum(chosen) == pytest.approx(1000, abs=100)  # three standard deviations
     # the rule is part of the format: it must never change
     assert [i for i, held_out in enumerate(chosen) if held_out][:3] == [21, 22, 55]
 

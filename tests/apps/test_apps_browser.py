@@ -126,7 +126,7 @@ def watched(context: Any, site: str) -> Iterator[Any]:
 
 def go(page: Any, address: str) -> None:
     page.goto(address)
-    page.wait_for_selector(".sx-kicker", timeout=60_000)    # the script has begun: before it, it is not running either
+    page.wait_for_selector(".sx-kicker", timeout=60_000)  # the script has begun: before it, it is not running either
     page.wait_for_selector(READY, timeout=60_000)
 
 
@@ -211,7 +211,7 @@ def test_a_dot_of_the_overview_opens_its_feature(page: Any, site: str):
     expect(chart).to_be_visible()
     dots = chart.locator("path[aria-roledescription=circle]")
     told = [re.search(r"max: ([\d.]+); feature: (\d+)", text) for text in dots.evaluate_all(LABELS)]
-    strongest = max(range(len(told)), key=lambda i: float(told[i][1]))    # at the upper edge, where no other covers it
+    strongest = max(range(len(told)), key=lambda i: float(told[i][1]))  # at the upper edge, where no other covers it
     dots.nth(strongest).click()
     expect(page.get_by_role("button", name="Next")).to_be_visible()
     assert address_of(page) == ("/feature", {"run": "indexed", "feature": told[strongest][2]})

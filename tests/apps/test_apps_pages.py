@@ -245,7 +245,7 @@ def test_after_steering_the_model_is_as_it_was(shown: Path):
     before = ready.model.logits(ids)
     pieces = live.both_texts(ready, 3, 4.0, "The old clock", max_new_tokens=6)
     next(pieces), next(pieces)
-    assert ready.model.active_hooks() == []    # also in the middle of writing
+    assert ready.model.active_hooks() == []  # also in the middle of writing
     assert np.array_equal(before.numpy(), ready.model.logits(ids).numpy())
     list(pieces)
     assert ready.model.active_hooks() == []

@@ -55,9 +55,13 @@ def test_pairs_above_a_floor_keep_their_order(text, tmp_path):
 
 def test_text_without_an_active_feature_has_no_codes(text, tmp_path):
     silent = text.store.planted_acts * 0
-    found = encoded(text._replace(store=planted.PlantedStore(
-        text.store.path, text.store.planted_tokens, text.store.planted_docs, silent
-    )), tmp_path, np.arange(40))
+    found = encoded(
+        text._replace(
+            store=planted.PlantedStore(text.store.path, text.store.planted_tokens, text.store.planted_docs, silent)
+        ),
+        tmp_path,
+        np.arange(40),
+    )
     assert found.n_fired.sum() == 0
     assert found.matrix().nnz == 0
     assert codes.by_feature(found, 0, 8).positions.size == 0

@@ -49,8 +49,14 @@ def test_an_index_is_the_same_for_any_chunks_and_blocks(workspace, tmp_path_fact
     path = tmp_path_factory.mktemp("chunks")
     text = planted.plant(path / "planted.json")
     build.build(
-        text.sae, text.store, text.model, path / "index",
-        settings=IndexConfig(), sae_path=None, chunk_rows=chunk_rows, block_pairs=block_pairs,
+        text.sae,
+        text.store,
+        text.model,
+        path / "index",
+        settings=IndexConfig(),
+        sae_path=None,
+        chunk_rows=chunk_rows,
+        block_pairs=block_pairs,
     )
     assert content(path / "index") == content(workspace / "index")
 

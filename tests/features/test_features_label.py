@@ -31,7 +31,7 @@ def test_planted_rules_are_found(index):
 
 
 def test_what_follows_no_rule_is_not_given_one(index):
-    for i in (3, 4):                                     # one document, and chance
+    for i in (3, 4):  # one document, and chance
         assert index.label(i).kind in ("none", "promotes")
         assert index.label(i).rule == ()
         assert index.label(i).precision is None
@@ -67,7 +67,7 @@ def test_a_document_lies_on_one_side_of_the_split():
     for doc in np.unique(docs):
         here = (docs == doc).reshape(-1)
         assert not (split.fit[here].any() and split.held_out[here].any())
-    assert not (split.fit | split.held_out)[::40].any()          # BOS is in neither
+    assert not (split.fit | split.held_out)[::40].any()  # BOS is in neither
     assert (label.halves(docs, seed=4).fit != split.fit).any()
 
 
@@ -155,11 +155,11 @@ def labels_for(rules: list[dict], *, n_clear_held_out, n_fired, promotes):
 
 def test_a_label_is_the_best_rule_or_the_logits_or_nothing():
     rules = [
-        {"token": {"f1": 0.6}, "bigram": {"f1": 0.6 + label.MARGIN}},       # not enough better to be worth a pair
+        {"token": {"f1": 0.6}, "bigram": {"f1": 0.6 + label.MARGIN}},  # not enough better to be worth a pair
         {"token": {"f1": 0.6}, "bigram": {"f1": 0.7}},
-        {"token": {"f1": 0.6, "n_fit": 9}},                                 # too few in one half
-        {"token": {"f1": 0.6, "n_held_out": 9, "n_both": 9}},               # or in the other
-        {"token": {"f1": 0.6, "n_both": 3}},                                # does not hold on the other documents
+        {"token": {"f1": 0.6, "n_fit": 9}},  # too few in one half
+        {"token": {"f1": 0.6, "n_held_out": 9, "n_both": 9}},  # or in the other
+        {"token": {"f1": 0.6, "n_both": 3}},  # does not hold on the other documents
         {"token": {"f1": label.MIN_F1 - 0.01}},
         {"token": {"f1": label.MIN_F1 - 0.01}},
         {"token": {"f1": 0.9, "n_held_out": 0, "n_both": 0}},
@@ -178,7 +178,7 @@ def test_a_label_is_the_best_rule_or_the_logits_or_nothing():
 @pytest.mark.parametrize(
     ("kind", "rule", "text"),
     [
-        ("token", [(None, 0), (None, 1), (None, 2)], '" The", "cat"'),      # " The" and "the" are one word to a reader
+        ("token", [(None, 0), (None, 1), (None, 2)], '" The", "cat"'),  # " The" and "the" are one word to a reader
         ("previous", [(2, None)], 'after "cat"'),
         ("bigram", [(0, 2), (2, 3)], '" The" -> "cat", "cat" -> "\\n"'),
         ("token", [(None, 4)], "'\"'"),

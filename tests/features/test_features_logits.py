@@ -18,7 +18,7 @@ def test_a_direction_of_the_unembedding_promotes_its_token():
 def test_effects_are_centred_and_pass_the_norms_gain(gain, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     W_dec, W_U = torch.randn(5, 6, generator=generator), torch.randn(6, 30, generator=generator)
-    monkeypatch.setattr(logits, "_BLOCK_EFFECTS", 60)            # two features at a time
+    monkeypatch.setattr(logits, "_BLOCK_EFFECTS", 60)  # two features at a time
     table = logits.logit_table(W_dec, W_U, gain, n=3)
     effects = (W_dec if gain is None else W_dec * gain) @ W_U
     effects = (effects - effects.mean(1, keepdim=True)).numpy()
@@ -34,7 +34,7 @@ def test_few_random_directions_exceed_the_noise():
     generator = torch.Generator().manual_seed(5)
     W_U, directions = torch.randn(32, 2000, generator=generator), torch.randn(1000, 32, generator=generator)
     table = logits.logit_table(directions, W_U, None, n=1)
-    assert 0.001 < (table.z > table.noise_z).mean() < 0.03       # 1 % by construction
+    assert 0.001 < (table.z > table.noise_z).mean() < 0.03  # 1 % by construction
     assert logits.logit_table(10 * directions, W_U, None, n=1).noise_z == table.noise_z
 
 

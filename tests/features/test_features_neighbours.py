@@ -78,7 +78,7 @@ def test_a_sample_of_positions_stands_for_too_many(monkeypatch):
     sample = neighbours.coactivation_sample(codes, np.arange(4000), seed=0)
     assert 800 < len(sample) < 1200
     elsewhere = neighbours.coactivation_sample(codes, np.arange(4000) + 10**6, seed=0)
-    assert elsewhere.tolist() != sample.tolist()                 # the choice belongs to the place in the store
+    assert elsewhere.tolist() != sample.tolist()  # the choice belongs to the place in the store
     assert neighbours.coactivation_sample(codes, np.arange(4000), seed=0).tolist() == sample.tolist()
     few = neighbours.by_coactivation(codes, sample, n=5)
-    np.testing.assert_allclose(few.scores, 1 / 3, atol=0.06)     # independent halves: P(both) / P(either) = 1/4 / 3/4
+    np.testing.assert_allclose(few.scores, 1 / 3, atol=0.06)  # independent halves: P(both) / P(either) = 1/4 / 3/4

@@ -29,7 +29,7 @@ def test_case_and_punctuation_of_a_query_do_not_matter(index):
 
 
 def test_a_label_that_names_the_word_is_found_though_the_feature_fires_elsewhere(index):
-    assert index.search("united")[0].feature == 1        # it fires after " United", never on it
+    assert index.search("united")[0].feature == 1  # it fires after " United", never on it
 
 
 def test_a_query_of_several_words_finds_features_of_each(index):
@@ -37,7 +37,7 @@ def test_a_query_of_several_words_finds_features_of_each(index):
 
 
 def test_rare_words_of_a_query_weigh_more(index):
-    common, rare = planted.N_SPECIAL, planted.N_SPECIAL + 20      # both describe their word perfectly
+    common, rare = planted.N_SPECIAL, planted.N_SPECIAL + 20  # both describe their word perfectly
     assert [hit.feature for hit in index.search("word0 word20")[:2]] == [rare, common]
 
 
@@ -103,7 +103,7 @@ def sae(tmp_path):
 def test_features_in_a_text_come_by_strength_with_dense_ones_discounted(index, model, sae):
     text = "feet foot foot word5"
     hits = features_in_text(model, sae, index, text)
-    assert [hit.feature for hit in hits][:2] == [2, 4]           # foot twice: 2 ln(1/0.014) against 5 ln(1/0.31)
+    assert [hit.feature for hit in hits][:2] == [2, 4]  # foot twice: 2 ln(1/0.014) against 5 ln(1/0.31)
     assert hits[0].why == '2.00 on " foot", fires on 2 of 4 tokens'
     assert features_in_text(model, sae, index, text, discount_dense=False)[0].feature == 4
     assert 4 not in [hit.feature for hit in features_in_text(model, sae, index, text, max_density=0.1)]

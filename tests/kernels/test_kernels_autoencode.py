@@ -55,11 +55,11 @@ def test_gradients_by_hand(monkeypatch):
         out = autoencode_topk(x, W_enc, b_enc, W_dec, b_dec, 1)
         assert out.recon.tolist() == [[4.0, 0.0]]
         (out.recon @ torch.tensor([1.0, 10.0])).backward()
-        assert W_dec.grad.tolist() == [[3.0, 30.0], [0.0, 0.0]]   # activation 3 times the gradient (1, 10)
-        assert W_enc.grad.tolist() == [[1.0, 1.0], [0.0, 0.0]]    # (1, 10) . (1, 0) = 1 times the centred token
+        assert W_dec.grad.tolist() == [[3.0, 30.0], [0.0, 0.0]]  # activation 3 times the gradient (1, 10)
+        assert W_enc.grad.tolist() == [[1.0, 1.0], [0.0, 0.0]]  # (1, 10) . (1, 0) = 1 times the centred token
         assert b_enc.grad.tolist() == [1.0, 0.0]
         assert x.grad.tolist() == [[1.0, 2.0]]
-        assert b_dec.grad.tolist() == [0.0, 8.0]                  # output side (1, 10) minus input side (1, 2)
+        assert b_dec.grad.tolist() == [0.0, 8.0]  # output side (1, 10) minus input side (1, 2)
 
 
 @pytest.mark.parametrize("path", ["cpu", "reference"])

@@ -16,12 +16,15 @@ CPU = torch.device("cpu")
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
-@pytest.mark.parametrize(("asked", "n_features", "k", "name", "reason"), [
-    ("auto", 4608, 32, "cpu", "on the CPU"),
-    ("auto", 64, 32, "reference", "dense is faster"),
-    ("reference", 4608, 32, "reference", "SAELAB_KERNELS=reference"),
-    ("cpu", 64, 32, "cpu", "SAELAB_KERNELS=cpu"),
-])
+@pytest.mark.parametrize(
+    ("asked", "n_features", "k", "name", "reason"),
+    [
+        ("auto", 4608, 32, "cpu", "on the CPU"),
+        ("auto", 64, 32, "reference", "dense is faster"),
+        ("reference", 4608, 32, "reference", "SAELAB_KERNELS=reference"),
+        ("cpu", 64, 32, "cpu", "SAELAB_KERNELS=cpu"),
+    ],
+)
 def test_the_choice_follows_the_environment_and_the_shape(asked, n_features, k, name, reason, monkeypatch):
     monkeypatch.setenv("SAELAB_KERNELS", asked)
     choice = choose(CPU, n_features=n_features, k=k)
@@ -72,13 +75,16 @@ def test_a_fallback_states_its_reason_once(caplog, monkeypatch):
         for _ in range(3):
             choose(CPU, n_features=20, k=19)
     assert [record.message for record in caplog.records if "k=19" in record.message] == [
-        "saelab_kernels uses reference: k=19 is more than 0.125 of 20 features: dense is faster"]
+        "saelab_kernels uses reference: k=19 is more than 0.125 of 20 features: dense is faster"
+    ]
 
 
 def test_the_kernels_warn_about_nothing_and_need_torch_and_numpy_alone():
-    code = ("import sys, torch, saelab_kernels as sk; W = torch.randn(300, 8); "
-            "sk.encode_topk(torch.randn(4, 8), W, torch.zeros(300), 5); "
-            "sys.exit('saelab' in sys.modules or 'jaxtyping' in sys.modules or 'scipy' in sys.modules)")
+    code = (
+        "import sys, torch, saelab_kernels as sk; W = torch.randn(300, 8); "
+        "sk.encode_topk(torch.randn(4, 8), W, torch.zeros(300), 5); "
+        "sys.exit('saelab' in sys.modules or 'jaxtyping' in sys.modules or 'scipy' in sys.modules)"
+    )
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=KERNELS, env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

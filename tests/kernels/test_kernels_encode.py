@@ -12,7 +12,13 @@ from saelab_kernels.dots.cpu import sampled_dot
 from saelab_kernels.encode import cpu
 
 SHAPES = [
-    (1, 1, 1, 1), (1, 33, 129, 5), (7, 33, 300, 5), (64, 48, 1000, 32), (3, 8, 40, 40), (5, 16, 41, 40), (9, 4, 65, 32)
+    (1, 1, 1, 1),
+    (1, 33, 129, 5),
+    (7, 33, 300, 5),
+    (64, 48, 1000, 32),
+    (3, 8, 40, 40),
+    (5, 16, 41, 40),
+    (9, 4, 65, 32),
 ]
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -60,12 +66,12 @@ def test_the_tuned_path_agrees_with_float64(n_tokens, width, n_features, k, cand
     monkeypatch.setenv("SAELAB_KERNELS", "reference")
     expected = encode_topk(x.double(), W.double(), b.double(), k)
     torch.testing.assert_close(top.top_acts.double(), expected.top_acts, rtol=1e-5, atol=1e-6)
-    assert (top.top_indices == expected.top_indices).double().mean() > 0.99   # the rest are swaps within rounding
+    assert (top.top_indices == expected.top_indices).double().mean() > 0.99  # the rest are swaps within rounding
 
 
 def test_a_bias_that_bfloat16_cannot_resolve_is_still_decided_exactly(candidates_in):
     x, W, _ = layer(16, 24, 512)
-    b = 1000 + torch.linspace(0, 1, 512)   # spacing of bfloat16 near 1000: 4
+    b = 1000 + torch.linspace(0, 1, 512)  # spacing of bfloat16 near 1000: 4
     top = encode_topk(x, W, b, 8)
     _values, indices = exact_order(x, W, b)
     assert torch.equal(top.top_indices, indices[:, :8])
@@ -88,7 +94,7 @@ def test_ties_go_to_the_lower_index(path, n_features, candidates_in, monkeypatch
     b[[5, 17]] = 1.0
     top = encode_topk(x, W, b, 6)
     assert top.top_indices.tolist() == [[5, 17, 0, 1, 2, 3]] * 3
-    W[20:] = W[19]   # most features are one and the same
+    W[20:] = W[19]  # most features are one and the same
     top = encode_topk(torch.randn(4, 8), W, torch.zeros(n_features), n_features // 2, relu=False)
     for indices, acts in zip(top.top_indices.tolist(), top.top_acts.tolist(), strict=True):
         assert indices == [i for _, i in sorted(zip((-a for a in acts), indices, strict=True))]
@@ -176,13 +182,16 @@ def test_integers_sort_as_the_floats_they_come_from():
         assert torch.equal(torch.from_numpy(cpu._sortable(codes)).view(dtype), floats)
 
 
-@pytest.mark.parametrize(("arguments", "error", "sentence"), [
-    ({"k": 0}, ValueError, "k must be between 1"),
-    ({"k": 301}, ValueError, "k must be between 1 and the number of features 300, got 301"),
-    ({"x": torch.ones(2, 15)}, ValueError, r"x must have shape \[any, 16\], got \[2, 15\]"),
-    ({"x": torch.ones(2, 16, dtype=torch.int64)}, TypeError, "floating-point"),
-    ({"b": torch.ones(3)}, ValueError, r"b must have shape \[300\]"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"k": 0}, ValueError, "k must be between 1"),
+        ({"k": 301}, ValueError, "k must be between 1 and the number of features 300, got 301"),
+        ({"x": torch.ones(2, 15)}, ValueError, r"x must have shape \[any, 16\], got \[2, 15\]"),
+        ({"x": torch.ones(2, 16, dtype=torch.int64)}, TypeError, "floating-point"),
+        ({"b": torch.ones(3)}, ValueError, r"b must have shape \[300\]"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, error, sentence):
     x, W, b = layer(2, 16, 300)
     with pytest.raises(error, match=sentence):

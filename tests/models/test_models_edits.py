@@ -131,7 +131,7 @@ def test_edits_are_undone_after_an_exception(tiny_model, tokens, place):
         assert tiny_model.active_hooks() != []
         raise Stop
     assert tiny_model.active_hooks() == []
-    with pytest.raises(Stop), tiny_model.edit(f"blocks.1.{place}", failing):     # this time within the forward pass
+    with pytest.raises(Stop), tiny_model.edit(f"blocks.1.{place}", failing):  # this time within the forward pass
         tiny_model.logits(*tokens)
     assert tiny_model.active_hooks() == []
     assert torch.equal(tiny_model.logits(*tokens), before)

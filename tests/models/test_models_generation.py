@@ -75,7 +75,7 @@ def test_bos_is_never_edited_and_every_new_token_is(tiny_model):
     seen.clear()
     with tiny_model.edit(HOOK, watch):
         tiny_model.generate_batch([" the river", ""], max_new_tokens=2, stop_at_eos=False)
-    assert seen[0].tolist() == [[False, True, True], [False, False, False]]     # the second row: padding, padding, BOS
+    assert seen[0].tolist() == [[False, True, True], [False, False, False]]  # the second row: padding, padding, BOS
     assert seen[1].tolist() == [[True], [True]]
 
 
@@ -115,7 +115,7 @@ def test_rows_that_end_early_do_not_disturb_the_others(tiny_model):
     with tiny_model.edit("hook_unembed", favour_eos):
         texts = tiny_model.generate_batch(PROMPTS, **settings)
         assert texts == [tiny_model.generate(prompt, seed=i, **settings) for i, prompt in enumerate(PROMPTS)]
-    assert len({len(tiny_model.encode(text)) for text in texts}) > 2     # they did end at different times
+    assert len({len(tiny_model.encode(text)) for text in texts}) > 2  # they did end at different times
 
 
 def test_no_new_tokens_is_no_text(tiny_model):

@@ -30,7 +30,7 @@ def copied(tiny_model_dir, tmp_path) -> Path:
 def test_the_same_seed_writes_the_same_bytes(tiny_model_dir, tmp_path):
     state = torch.random.get_rng_state()
     assert digests(write_tiny_model(tmp_path / "again")) == digests(tiny_model_dir)
-    assert torch.equal(torch.random.get_rng_state(), state)     # and the caller's random numbers are left alone
+    assert torch.equal(torch.random.get_rng_state(), state)  # and the caller's random numbers are left alone
     other = digests(write_tiny_model(tmp_path / "other", seed=1))
     assert {name for name, digest in digests(tiny_model_dir).items() if other[name] != digest} == {"model.safetensors"}
 
@@ -111,7 +111,7 @@ def hub_unreachable(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(loading, "_hub_is_reachable", lambda: False)
     yield
-    assert constants.HF_HUB_OFFLINE is False    # put back
+    assert constants.HF_HUB_OFFLINE is False  # put back
 
 
 def test_without_a_network_a_hub_name_fails_in_a_sentence(tmp_path, monkeypatch):

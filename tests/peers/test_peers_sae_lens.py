@@ -62,7 +62,7 @@ def check(name: str, sae: SAE, path: Path) -> None:
             "recon in one step": relative_rms(sae(acts), theirs["recon"]),
         }
     for quantity, error in errors.items():
-        print(f"{name}: relative RMS of {quantity} {error:.1e}")   # pytest -s shows the numbers
+        print(f"{name}: relative RMS of {quantity} {error:.1e}")  # pytest -s shows the numbers
     assert theirs["feature_acts"].any()
     assert torch.equal(feature_acts > 0, theirs["feature_acts"] > 0)
     assert max(errors.values()) <= TOLERANCE, errors

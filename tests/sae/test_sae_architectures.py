@@ -100,7 +100,7 @@ def test_folding_gives_the_same_sae_on_raw_activations(config):
     if getattr(config, "b_dec", "learned") == "zero":
         mean.zero_()
     raw = mean + torch.randn(50, D_IN, generator=generator) / scale
-    sae = make(config).double()   # in float64 equality is that of the formula, not of rounding
+    sae = make(config).double()  # in float64 equality is that of the formula, not of rounding
     mean, raw = mean.double(), raw.double()
     feature_acts, recon = sae.encode(scale * (raw - mean)), sae(scale * (raw - mean))
     norms = sae.W_dec.norm(dim=1)
@@ -239,20 +239,23 @@ def test_wrong_widths_and_features_are_named():
             sae.feature(index)
 
 
-@pytest.mark.parametrize(("make_config", "sentence"), [
-    (lambda: TopKConfig(d_sae=8, k=9), "k must be between 1 and d_sae=8, got 9"),
-    (lambda: TopKConfig(d_sae=8, k=0), "k must be between 1"),
-    (lambda: TopKConfig(d_sae=8, k=1, aux_coefficient=-1.0), "aux_coefficient"),
-    (lambda: TopKConfig(d_sae=8, k=1, k_aux=0), "k_aux"),
-    (lambda: BatchTopKConfig(d_sae=8, k=9), "k must be between 1"),
-    (lambda: BatchTopKConfig(d_sae=8, k=1, aux_coefficient=-1.0), "aux_coefficient"),
-    (lambda: BatchTopKConfig(d_sae=8, k=1, k_aux=0), "k_aux"),
-    (lambda: BatchTopKConfig(d_sae=8, k=1, threshold_momentum=1.0), "threshold_momentum"),
-    (lambda: ReLUConfig(d_sae=0), "d_sae"),
-    (lambda: ReLUConfig(d_sae=8, l1_coefficient=-0.1), "l1_coefficient"),
-    (lambda: JumpReLUConfig(d_sae=0), "d_sae"),
-    (lambda: new_sae(ReLUConfig(d_sae=8), d_in=0), "d_in"),
-])
+@pytest.mark.parametrize(
+    ("make_config", "sentence"),
+    [
+        (lambda: TopKConfig(d_sae=8, k=9), "k must be between 1 and d_sae=8, got 9"),
+        (lambda: TopKConfig(d_sae=8, k=0), "k must be between 1"),
+        (lambda: TopKConfig(d_sae=8, k=1, aux_coefficient=-1.0), "aux_coefficient"),
+        (lambda: TopKConfig(d_sae=8, k=1, k_aux=0), "k_aux"),
+        (lambda: BatchTopKConfig(d_sae=8, k=9), "k must be between 1"),
+        (lambda: BatchTopKConfig(d_sae=8, k=1, aux_coefficient=-1.0), "aux_coefficient"),
+        (lambda: BatchTopKConfig(d_sae=8, k=1, k_aux=0), "k_aux"),
+        (lambda: BatchTopKConfig(d_sae=8, k=1, threshold_momentum=1.0), "threshold_momentum"),
+        (lambda: ReLUConfig(d_sae=0), "d_sae"),
+        (lambda: ReLUConfig(d_sae=8, l1_coefficient=-0.1), "l1_coefficient"),
+        (lambda: JumpReLUConfig(d_sae=0), "d_sae"),
+        (lambda: new_sae(ReLUConfig(d_sae=8), d_in=0), "d_in"),
+    ],
+)
 def test_impossible_settings_are_refused(make_config, sentence):
     with pytest.raises(ConfigError, match=sentence):
         make_config()

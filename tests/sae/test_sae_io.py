@@ -20,8 +20,15 @@ from saelab.sae.topk import TopKConfig
 
 D_IN, D_SAE = 9, 40
 METADATA = Metadata(
-    model_name="tiny", model_sha256="ab" * 32, hook_name="blocks.1.hook_resid_post", context_size=64, dataset="demo",
-    prepend_bos=True, mean_norm=12.5, activation_scale=0.25, extra={"neuronpedia_id": "tiny/1"},
+    model_name="tiny",
+    model_sha256="ab" * 32,
+    hook_name="blocks.1.hook_resid_post",
+    context_size=64,
+    dataset="demo",
+    prepend_bos=True,
+    mean_norm=12.5,
+    activation_scale=0.25,
+    extra={"neuronpedia_id": "tiny/1"},
 )
 CONFIGS = [
     ReLUConfig(d_sae=D_SAE, l1_coefficient=0.3),
@@ -103,8 +110,15 @@ def test_batchtopk_is_saved_as_the_jumprelu_sae_that_it_is(tmp_path: Path):
 def test_the_layout_is_that_of_sae_lens(saved: Path):
     header = json.loads((saved / "cfg.json").read_text())
     assert {key: value for key, value in header.items() if key != "metadata"} == {
-        "architecture": "topk", "d_in": D_IN, "d_sae": D_SAE, "k": 5, "rescale_acts_by_decoder_norm": False,
-        "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "architecture": "topk",
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "k": 5,
+        "rescale_acts_by_decoder_norm": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
         "reshape_activations": "none",
     }
     assert header["metadata"]["sae_lens_version"] >= "6"
@@ -181,40 +195,46 @@ def test_files_of_another_tool_need_no_saelab_entry(saved: Path):
     assert loaded.metadata.mean_norm is None
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"W_enc": None}, r"lacks W_enc, which architecture 'topk' needs"),
-    ({"threshold": torch.ones(D_SAE)}, r"holds threshold, which .*; are these of architecture 'jumprelu'"),
-    ({"b_mag": torch.ones(D_SAE)}, r"holds b_mag, which .* the two files belong to different SAEs"),
-    ({"W_dec": torch.ones(D_SAE, D_IN + 1)}, r"W_dec of shape \[40, 10\], but cfg.json .* says \[40, 9\]"),
-    ({"b_enc": torch.ones(1, D_SAE)}, r"b_enc of shape \[1, 40\]"),
-    ({"b_dec": torch.full((D_IN,), float("nan"))}, "b_dec that is not finite"),
-    ({"W_enc": torch.full((D_IN, D_SAE), float("inf"))}, "W_enc that is not finite"),
-    ({"W_enc": torch.ones(D_IN, D_SAE, dtype=torch.int64)}, "W_enc as torch.int64, but weights are floating-point"),
-])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"W_enc": None}, r"lacks W_enc, which architecture 'topk' needs"),
+        ({"threshold": torch.ones(D_SAE)}, r"holds threshold, which .*; are these of architecture 'jumprelu'"),
+        ({"b_mag": torch.ones(D_SAE)}, r"holds b_mag, which .* the two files belong to different SAEs"),
+        ({"W_dec": torch.ones(D_SAE, D_IN + 1)}, r"W_dec of shape \[40, 10\], but cfg.json .* says \[40, 9\]"),
+        ({"b_enc": torch.ones(1, D_SAE)}, r"b_enc of shape \[1, 40\]"),
+        ({"b_dec": torch.full((D_IN,), float("nan"))}, "b_dec that is not finite"),
+        ({"W_enc": torch.full((D_IN, D_SAE), float("inf"))}, "W_enc that is not finite"),
+        ({"W_enc": torch.ones(D_IN, D_SAE, dtype=torch.int64)}, "W_enc as torch.int64, but weights are floating-point"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(saved: Path, changes, sentence):
     edit_tensors(saved, **changes)
     with pytest.raises(ArtifactError, match=sentence):
         load_sae_files(saved)
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"architecture": "topkk"}, r"architecture 'topkk', which this version does not read; did you mean topk"),
-    ({"architecture": "gated"}, r"architecture 'gated'"),
-    ({"architecture": None}, r"architecture None"),
-    ({"architecture": "jumprelu"}, r"lacks threshold, which .*'jumprelu' needs; are these of architecture 'topk'"),
-    ({"k": D_SAE + 1}, rf"cfg.json does not fit: k must be between 1 and d_sae={D_SAE}, got {D_SAE + 1}"),
-    ({"k": 0}, "k must be between 1"),
-    ({"k": 2.5}, "k must be of type int, got 2.5"),
-    ({"k": None}, "k must be of type int, got None"),
-    ({"d_in": 0}, "d_in = 0, but it must be a whole number"),
-    ({"d_sae": "40"}, "d_sae = '40'"),
-    ({"d_sae": True}, "d_sae = True"),
-    ({"d_sae": D_SAE - 1}, "belong to different SAEs"),
-    ({"normalize_activations": "layer_norm"}, "normalises its input by 'layer_norm'"),
-    ({"metadata": {}}, "in the layout of SAELens before 6"),
-    ({"metadata": {"sae_lens_version": "5.11.0"}}, r"in the layout of SAELens 5\.11\.0"),
-    ({"metadata": []}, "does not hold the settings of an SAE"),
-])
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"architecture": "topkk"}, r"architecture 'topkk', which this version does not read; did you mean topk"),
+        ({"architecture": "gated"}, r"architecture 'gated'"),
+        ({"architecture": None}, r"architecture None"),
+        ({"architecture": "jumprelu"}, r"lacks threshold, which .*'jumprelu' needs; are these of architecture 'topk'"),
+        ({"k": D_SAE + 1}, rf"cfg.json does not fit: k must be between 1 and d_sae={D_SAE}, got {D_SAE + 1}"),
+        ({"k": 0}, "k must be between 1"),
+        ({"k": 2.5}, "k must be of type int, got 2.5"),
+        ({"k": None}, "k must be of type int, got None"),
+        ({"d_in": 0}, "d_in = 0, but it must be a whole number"),
+        ({"d_sae": "40"}, "d_sae = '40'"),
+        ({"d_sae": True}, "d_sae = True"),
+        ({"d_sae": D_SAE - 1}, "belong to different SAEs"),
+        ({"normalize_activations": "layer_norm"}, "normalises its input by 'layer_norm'"),
+        ({"metadata": {}}, "in the layout of SAELens before 6"),
+        ({"metadata": {"sae_lens_version": "5.11.0"}}, r"in the layout of SAELens 5\.11\.0"),
+        ({"metadata": []}, "does not hold the settings of an SAE"),
+    ],
+)
 def test_settings_that_do_not_fit_are_named(saved: Path, changes, sentence):
     edit_header(saved, **changes)
     with pytest.raises(ArtifactError, match=sentence):

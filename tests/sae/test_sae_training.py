@@ -42,7 +42,7 @@ def test_the_reconstruction_loss_is_the_mean_squared_error_and_the_parts_add_up(
     losses = sae.training_loss(acts, dead=dead)
     torch.testing.assert_close(losses.total, losses.reconstruction + losses.sparsity + losses.aux)
     assert losses.fired.shape == (D_SAE,)
-    if config.arch != "batchtopk":   # whose training keeps the top of the batch, not what exceeds the threshold
+    if config.arch != "batchtopk":  # whose training keeps the top of the batch, not what exceeds the threshold
         feature_acts = sae.encode(acts)
         torch.testing.assert_close(losses.reconstruction, (sae(acts) - acts).pow(2).sum(1).mean().detach() / D_IN)
         assert torch.equal(losses.fired, (feature_acts > 0).any(0))
@@ -63,8 +63,11 @@ def test_the_l1_penalty_by_hand():
 
 
 def test_the_auxiliary_loss_by_hand():
-    sae = by_hand(make(TopKConfig(d_sae=3, k=1), d_in=2), encoder=[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]],
-                  W_dec=[[1.0, 0.0], [0.5, 0.0], [0.0, 0.5]])
+    sae = by_hand(
+        make(TopKConfig(d_sae=3, k=1), d_in=2),
+        encoder=[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]],
+        W_dec=[[1.0, 0.0], [0.5, 0.0], [0.0, 0.5]],
+    )
     acts = torch.tensor([[4.0, 1.0], [0.0, 2.0]])
     residual = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
     dead = torch.tensor([False, True, True])
@@ -114,7 +117,7 @@ def test_the_auxiliary_loss_moves_dead_rows_only_and_scales_with_its_coefficient
             assert changed.any()
             assert not changed[~dead].any()
         else:
-            assert not changed.any()   # b_dec
+            assert not changed.any()  # b_dec
 
 
 @pytest.mark.parametrize("arguments", [{}, {"aux_coefficient": 0.5, "k_aux": 4}, {"aux_coefficient": 0.5, "k_aux": 60}])
@@ -146,7 +149,7 @@ def test_the_gradient_of_b_dec_comes_from_both_sides():
 
 def test_the_decoder_gradient_keeps_no_part_along_its_unit_rows():
     sae = make(TopKConfig(d_sae=D_SAE, k=6))
-    sae.project_decoder_grad_()   # no gradient yet: nothing to do
+    sae.project_decoder_grad_()  # no gradient yet: nothing to do
     sae.training_loss(torch.randn(30, D_IN)).total.backward()
     before = sae.W_dec.grad.clone()
     sae.project_decoder_grad_()

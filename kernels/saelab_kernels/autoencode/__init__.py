@@ -20,9 +20,9 @@ from saelab_kernels.pairs import pairs_by_feature
 class Autoencoded(NamedTuple):
     """What one pass through a TopK autoencoder gives."""
 
-    recon: Tensor         # [N, d]
-    top_acts: Tensor      # [N, k], after the ReLU; largest first
-    top_indices: Tensor   # int64 [N, k]
+    recon: Tensor  # [N, d]
+    top_acts: Tensor  # [N, k], after the ReLU; largest first
+    top_indices: Tensor  # int64 [N, k]
 
 
 def autoencode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Autoencoded:

@@ -18,8 +18,8 @@ from saelab_kernels.pairs import pairs_by_feature
 class TopK(NamedTuple):
     """The active features of each token, largest first; equal values by ascending index."""
 
-    top_acts: Tensor      # float32 or wider [N, k]
-    top_indices: Tensor   # int64 [N, k]
+    top_acts: Tensor  # float32 or wider [N, k]
+    top_indices: Tensor  # int64 [N, k]
 
 
 def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int, *, relu: bool = True) -> TopK:

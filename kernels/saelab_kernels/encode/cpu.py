@@ -39,9 +39,9 @@ _MAX_PAIRS = 2**22
 
 
 class _Selected(NamedTuple):
-    top_acts: Tensor      # [N, k]
-    top_indices: Tensor   # [N, k]
-    proven: Tensor        # bool [N]: the k largest are among the candidates
+    top_acts: Tensor  # [N, k]
+    top_indices: Tensor  # [N, k]
+    proven: Tensor  # bool [N]: the k largest are among the candidates
 
 
 def margin(k: int) -> int:
@@ -51,7 +51,7 @@ def margin(k: int) -> int:
 
 def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """x [N, d], W [F, d], b [F] -> the k largest pre-activations [N, k], before any ReLU, and their indices [N, k]."""
-    if x.dtype != torch.float32:   # float64 is for checks: nothing to gain from candidates
+    if x.dtype != torch.float32:  # float64 is for checks: nothing to gain from candidates
         return reference.encode_topk(x, W, b, k)
     top_acts, top_indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
     rows_per_block = max(1, _BLOCK_BYTES // (2 * len(W)))
@@ -82,7 +82,7 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, W_low: Tensor, b_low: Tenso
     flat, floor = _candidates(_bits(approx), k + margin(k))
     starts = np.searchsorted(flat, np.arange(n_tokens + 1) * n_features)
     crowded = np.diff(starts) > 4 * (k + margin(k))
-    if crowded.any():   # many equal values, or NaN: such rows would make the table below as wide as the dictionary
+    if crowded.any():  # many equal values, or NaN: such rows would make the table below as wide as the dictionary
         flat = flat[~np.repeat(crowded, np.diff(starts))]
         starts = np.searchsorted(flat, np.arange(n_tokens + 1) * n_features)
 
@@ -102,14 +102,14 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, W_low: Tensor, b_low: Tenso
     top = keys[:, :k]
     top_acts = torch.from_numpy(_sortable((~(top >> 32)).astype(np.int32)).view(np.float32))
     gap = top_acts[:, -1] - torch.from_numpy(_sortable(floor)).view(approx.dtype).float()
-    proven = (gap > SAFETY * torch.from_numpy(errors).amax(1)) & torch.from_numpy(~crowded)   # False for NaN
+    proven = (gap > SAFETY * torch.from_numpy(errors).amax(1)) & torch.from_numpy(~crowded)  # False for NaN
     return _Selected(top_acts, torch.from_numpy(top & 0xFFFFFFFF), proven)
 
 
 def _candidates(bits: np.ndarray, n_wanted: int) -> tuple[np.ndarray, np.ndarray]:
     """Flat positions of the candidates among ``bits`` [N, F], and each row's floor [N] as a sortable integer."""
     n_features = bits.shape[1]
-    rows = max(1, _CHUNK_BYTES // (n_features * bits.itemsize))   # what these four passes share stays in the cache
+    rows = max(1, _CHUNK_BYTES // (n_features * bits.itemsize))  # what these four passes share stays in the cache
     positions, floors = [], []
     for start in range(0, len(bits), rows):
         codes = _sortable(bits[start : start + rows])
@@ -137,7 +137,7 @@ def _exhaustive(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    low, high = torch.aminmax(tensor)   # NaN if any is; ten times faster than isfinite().all()
+    low, high = torch.aminmax(tensor)  # NaN if any is; ten times faster than isfinite().all()
     return bool(low.isfinite() & high.isfinite())
 
 
@@ -148,7 +148,7 @@ def _bits(floats: Tensor) -> np.ndarray:
 
 def _sortable(bits: np.ndarray) -> np.ndarray:
     """Flip all but the sign bit of negative floats: integers then sort as the floats do. Twice is undone."""
-    codes = bits >> (8 * bits.itemsize - 1)   # 0, or -1 for negative floats
+    codes = bits >> (8 * bits.itemsize - 1)  # 0, or -1 for negative floats
     codes &= np.iinfo(bits.dtype).max
     codes ^= bits
     return codes

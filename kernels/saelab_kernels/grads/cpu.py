@@ -11,7 +11,7 @@ from saelab_kernels.pairs import Pairs
 
 def weighted_sums(pairs: Pairs, values: Tensor, vectors: Tensor) -> Tensor:
     """[F, d] from the coefficient of each pair, in the order of the pairs, and vectors [N, d]."""
-    if not len(values):   # embedding_bag refuses an empty batch
+    if not len(values):  # embedding_bag refuses an empty batch
         return vectors.new_zeros(len(pairs.starts) - 1, vectors.shape[1])
     # 32-bit indices halve the bytes of the index stream and take the faster of embedding_bag's two routes
     tokens, starts = pairs.tokens.to(torch.int32), pairs.starts.to(torch.int32)

@@ -13,9 +13,9 @@ from saelab_kernels.pairs import cpu, reference
 class Pairs(NamedTuple):
     """N*k pairs sorted by (feature, token). Pairs ``starts[f]:starts[f + 1]`` belong to feature f."""
 
-    order: Tensor    # int64 [N*k]: position of the pair in top_indices.flatten()
-    tokens: Tensor   # int64 [N*k]: its token, order // k
-    starts: Tensor   # int64 [F+1]
+    order: Tensor  # int64 [N*k]: position of the pair in top_indices.flatten()
+    tokens: Tensor  # int64 [N*k]: its token, order // k
+    starts: Tensor  # int64 [F+1]
 
 
 def pairs_by_feature(top_indices: Tensor, n_features: int) -> Pairs:
