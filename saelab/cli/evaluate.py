@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, emit, progress_bar, say, table
+from saelab.cli.inputs import opened
 
 if TYPE_CHECKING:
     from saelab.evals.reconstruction import EvalConfig
@@ -53,19 +54,9 @@ def run_evaluation(
     """Evaluate, publish eval.json, and return its content."""
     from saelab import atomic, rundir
     from saelab import config as configs
-    from saelab.activations.store import ActivationStore
     from saelab.evals.reconstruction import evaluate, report
-    from saelab.models.load import load_model
-    from saelab.sae.io import load_sae
 
-    sae_path = rundir.find(run, "sae")
-    store = ActivationStore.open(
-        rundir.find(activations, "activations") if activations else rundir.parent(sae_path, "activations")
-    )
-    store.verify()
-    model = load_model(store.manifest.model.name, device=device)
-    store.check_model(model.weights_sha256)
-    sae = load_sae(sae_path).to(model.device)
+    sae_path, sae, store, model = opened(run, activations=activations, device=device)
     with progress_bar("eval") as progress:
         evaluation = evaluate(sae, store, model, settings, progress=progress)
     result = report(evaluation)

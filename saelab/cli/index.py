@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, emit, human_bytes, progress_bar, say
+from saelab.cli.inputs import opened
 
 if TYPE_CHECKING:
     from saelab.features.config import IndexConfig
@@ -52,20 +53,10 @@ def run_indexing(
     device: str | None = None,
 ) -> FeatureIndex:
     """Load what is needed, print the plan, build the index and put it in the place of an older one."""
-    from saelab import atomic, rundir
-    from saelab.activations.store import ActivationStore
+    from saelab import atomic
     from saelab.features.index import FeatureIndex, build_index
-    from saelab.models.load import load_model
-    from saelab.sae.io import load_sae
 
-    sae_path = rundir.find(run, "sae")
-    store = ActivationStore.open(
-        rundir.find(activations, "activations") if activations else rundir.parent(sae_path, "activations")
-    )
-    store.verify()
-    model = load_model(store.manifest.model.name, device=device)
-    store.check_model(model.weights_sha256)
-    sae = load_sae(sae_path)
+    sae_path, sae, store, model = opened(run, activations=activations, device=device)
     n_tokens = min(settings.max_tokens or store.n_rows * store.context, store.n_rows * store.context)
     n_pairs = n_tokens * getattr(sae.cfg, "k", 64)
     say(f"plan: {sae.cfg.d_sae:,} features over {n_tokens:,} tokens; about {human_bytes(24 * n_pairs)} of memory")
