@@ -76,6 +76,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         ArtifactError: the system refused the write; nothing is left behind.
     """
     temporary = _temporary_name(path)
+    _sweep_dead_writers(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -99,6 +100,14 @@ def sweep(directory: Path) -> None:
     """Remove what interrupted writers left in ``directory``. Call it only by the one process that writes there."""
     for leftover in filter(is_leftover, directory.iterdir()):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _sweep_dead_writers(path: Path) -> None:
+    """Remove half-made directories for ``path`` whose writers were killed; one that still lives keeps its own."""
+    for leftover in path.parent.glob(f"{path.name}{_TEMPORARY}*"):
+        writer = leftover.name.split(_TEMPORARY)[1].split("-")[0]
+        if not Path(f"/proc/{writer}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:

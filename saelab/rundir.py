@@ -119,9 +119,8 @@ def find(path: str | os.PathLike[str], stage: str) -> Path:
         raise ArtifactError(
             f"there is no directory {path}" + (f"; {nearest(path.name, siblings)}" if siblings else "; check the path")
         )
-    candidates = (
-        [path] if _is_stage(path, stage) else sorted(p for p in path.iterdir() if p.is_dir() and _is_stage(p, stage))
-    )
+    inside = (p for p in path.iterdir() if p.is_dir() and not atomic.is_leftover(p))
+    candidates = [path] if _is_stage(path, stage) else sorted(p for p in inside if _is_stage(p, stage))
     if not candidates:
         raise ArtifactError(f"{path} holds no {stage} directory; make one with: {_maker(stage)}")
     if len(candidates) > 1:
@@ -134,10 +133,13 @@ def find(path: str | os.PathLike[str], stage: str) -> Path:
 def check_done(path: Path) -> None:
     """Raise ArtifactError for a stage that was interrupted; directories of other tools have no run.json and pass."""
     if (path / "run.json").exists() and not (path / "DONE").exists():
+        stage = json.loads((path / "run.json").read_text())["stage"]
         last = max((c.name for c in (path / "checkpoints").glob("step_*[0-9]")), default=None)
         at = f" at {last}" if last else ""
-        stage = json.loads((path / "run.json").read_text())["stage"]
-        raise ArtifactError(f"{path} is unfinished{at}; continue it with: saelab {_verb(stage)} --resume {path}")
+        cure = f"continue it with: saelab {_verb(stage)} --resume {path}"
+        if stage not in ("activations", "sae"):
+            cure = f"make it again with: saelab {_verb(stage)}"
+        raise ArtifactError(f"{path} is unfinished{at}; {cure}")
 
 
 def check_parents(path: Path) -> None:

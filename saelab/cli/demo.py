@@ -45,7 +45,7 @@ def demo(
     metrics = _stage(
         "eval",
         "measure it on held-out text",
-        lambda: evaluate.run_evaluation(out, EvalConfig(tokens=8_000), device=device),
+        lambda: evaluate.run_evaluation(out, EvalConfig(tokens=6_000), device=device),
     )
     _stage("index", "look at every feature", lambda: index.run_indexing(out, IndexConfig(), device=device))
     built = FeatureIndex.open(out)

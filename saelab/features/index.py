@@ -184,7 +184,8 @@ class FeatureIndex:
         effect stands out), logit_z, top_token (most frequent at the peaks of the top examples)."""
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.path / TABLE, memory_map=True)
+        # pq.read_table would import pyarrow.dataset, half a second for nothing
+        return pq.ParquetFile(self.path / TABLE, memory_map=True).read()
 
     def column(self, name: str) -> np.ndarray:
         """A column of the table, by feature; null becomes NaN in columns of numbers.
@@ -273,14 +274,16 @@ class FeatureIndex:
         """Nearest features to ``i``, best first; at most as many as the index keeps."""
         return self._neighbours(self._checked(i), by)[:n]
 
-    def most_token_specific(self, n: int = 10, *, min_support: int = 20) -> list[int]:
-        """Features with a label of kind "token", highest held-out precision first; the larger support wins a tie.
+    def most_token_specific(self, n: int = 10, *, min_support: int = 20, max_density: float = 0.01) -> list[int]:
+        """Features with a label of kind "token", highest held-out precision first; the higher held-out F1 wins a tie.
 
-        Only rules that match at least ``min_support`` held-out positions are considered.
+        Only rules that match at least ``min_support`` held-out positions are considered, and only features that fire on
+        at most ``max_density`` of the tokens: those for "the" or a comma are as precise, but say nothing about a text.
         """
-        support, precision = self.column("label_n_held_out"), self.column("label_precision")
-        chosen = np.flatnonzero((self.column("label_kind") == "token") & (support >= min_support))
-        return chosen[np.lexsort((-support[chosen], -precision[chosen]))][:n].tolist()
+        support, precision, f1 = (self.column(f"label_{name}") for name in ("n_held_out", "precision", "f1"))
+        specific = (self.column("label_kind") == "token") & (self.column("density") <= max_density)
+        chosen = np.flatnonzero(specific & (support >= min_support))
+        return chosen[np.lexsort((chosen, -f1[chosen], -precision[chosen]))][:n].tolist()
 
     def trigger_tokens(self, i: int) -> tuple[int, ...]:
         """Token ids on which feature ``i`` fires by its own rule; empty unless its label is of kind "token"."""

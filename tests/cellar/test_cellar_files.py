@@ -73,6 +73,27 @@ def test_sweeping_removes_what_a_killed_writer_left(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["keep"]
 
 
+def test_a_directory_left_by_a_killed_writer_goes_when_it_is_written_again(tmp_path: Path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / f"index.part-{dead.stdout.strip()}-abc123").mkdir()
+    (tmp_path / f"index.part-{os.getpid()}-abc123").mkdir()
+    with atomic.replacing_directory(tmp_path / "index") as folder:
+        (folder / "f").write_text("whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index", f"index.part-{os.getpid()}-abc123"]
+
+
+def test_what_a_killed_writer_left_is_no_stage(tmp_path: Path):
+    StageWriter.create(tmp_path / "index.part-1-abc", stage="index", config={}).finish()
+    with pytest.raises(ArtifactError, match="holds no index directory"):
+        rundir.find(tmp_path, "index")
+
+
+def test_an_unfinished_index_is_made_again_not_resumed(tmp_path: Path):
+    StageWriter.create(tmp_path / "index", stage="index", config={})
+    with pytest.raises(ArtifactError, match="unfinished; make it again with: saelab index"):
+        rundir.find(tmp_path, "index")
+
+
 def test_a_stage_is_unfinished_until_done(tmp_path: Path):
     run = StageWriter.create(tmp_path / "sae", stage="sae", config={"a": 1})
     with pytest.raises(ArtifactError, match=r"unfinished; continue it with: saelab train --resume"):

@@ -275,12 +275,16 @@ def test_the_table_has_one_row_a_feature_and_agrees_with_the_records(workspace):
 
 def test_the_most_token_specific_features_have_token_rules_with_support(workspace):
     index = load_index(workspace)
-    chosen = index.most_token_specific(5, min_support=60)
+    chosen = index.most_token_specific(5, min_support=60, max_density=1.0)
     assert len(chosen) == 5
     labels = [index.label(i) for i in chosen]
     assert all(label.kind == "token" and label.n_held_out >= 60 for label in labels)
-    ranks = [(-label.precision, -label.n_held_out) for label in labels]
+    ranks = [(-label.precision, -label.f1) for label in labels]
     assert ranks == sorted(ranks)
+    limit = float(np.median(index.column("density")[chosen]))
+    rarer = index.most_token_specific(5, min_support=60, max_density=limit)
+    assert (index.column("density")[rarer] <= limit).all()
+    assert set(rarer) != set(chosen)
     assert index.trigger_tokens(0) == (planted.FEET, planted.FOOT)
     assert index.trigger_tokens(1) == ()
 
