@@ -20,7 +20,7 @@ from saelab.cli.console import (
     progress_bar,
     say,
 )
-from saelab.errors import ConfigError
+from saelab.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from saelab.activations.capture import CacheConfig
@@ -92,10 +92,17 @@ def run_capture(settings: CacheConfig, out: Path, *, resume: bool, device: str |
         f"at {', '.join(settings.hook_names)}; "
         f"{human_bytes(n_bytes)} on disk; about {human_seconds(settings.tokens / rate)} at {rate:,.0f} tokens/s"
     )
-    with progress_bar("capture") as progress:
-        return capture(
-            settings, out, model=model, resume=resume, progress=lambda done, total: progress(done, total, "tokens")
-        )
+    try:
+        with progress_bar("capture") as progress:
+            return capture(
+                settings,
+                out,
+                model=model,
+                resume=resume,
+                progress=lambda done, total: progress(done, total, "tokens"),
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; every whole shard is kept, continue with: saelab cache --resume {out}") from None
 
 
 def measured_rate(model: Model, settings: CacheConfig) -> float:

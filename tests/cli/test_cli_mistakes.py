@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +164,46 @@ def test_not_a_run(tmp_path: Path):
     assert "holds no sae directory" in refused("eval", tmp_path)
     assert "no stage directory" in refused("show", tmp_path)
     assert "no folder" in refused("explore", tmp_path / "nothing")
+
+
+def pressing_ctrl_c(at_call: int):
+    """A progress bar during which the user presses Ctrl-C."""
+
+    @contextlib.contextmanager
+    def bar(title: str):
+        calls = itertools.count(1)
+
+        def progress(done: int, total: int, detail: str) -> None:
+            if next(calls) == at_call:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield progress
+
+    return bar
+
+
+def test_ctrl_c_during_capture_names_the_command_that_goes_on(cache_arguments: list, tmp_path: Path, monkeypatch):
+    arguments = [*cache_arguments, "--set", "rows_per_shard=4", "--set", "batch_rows=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr("saelab.cli.cache.progress_bar", pressing_ctrl_c(at_call=4))
+        result = saelab(*arguments)
+    assert result.code == 130
+    assert result.err.strip().splitlines()[-1].endswith(f"continue with: saelab cache --resume {tmp_path / 'out'}")
+    assert saelab("cache", "--resume", tmp_path / "out").code == 0
+    assert "finished" in saelab("show", tmp_path / "out").out
+
+
+def test_ctrl_c_during_training_writes_a_checkpoint_and_names_the_command(workspace: Path, tmp_path: Path, monkeypatch):
+    out = tmp_path / "sae"
+    with monkeypatch.context() as patch:
+        patch.setattr("saelab.cli.train.progress_bar", pressing_ctrl_c(at_call=3))
+        result = saelab(
+            "train", workspace, "--k", 3, "--expansion", 2, "--tokens", 3_000, "--set", "batch_size=300", "--out", out
+        )
+    assert result.code == 130
+    assert result.err.strip().splitlines()[-1].endswith(f"continue with: saelab train --resume {out}")
+    assert (out / "checkpoints" / "step_000000004").is_dir()
+    assert saelab("train", "--resume", out).code == 0
 
 
 def test_no_network_and_no_cache_says_what_to_do(tmp_path: Path):
