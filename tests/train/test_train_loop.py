@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,10 +212,27 @@ def test_a_silent_feature_is_dead_after_the_window_and_alive_again_when_it_fires
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path):
-    pytest.importorskip("tensorboard", reason="tensorboard is an extra: pip install 'saelab[logging]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     config = replace(TOPK, tokens=256 * 10, log_to=("tensorboard",))
     train_sae(config, SparseMixtures(), run_in(tmp_path / "sae", config), metadata=METADATA)
-    assert list((tmp_path / "sae" / "tensorboard").iterdir())
+    events = EventAccumulator(str(tmp_path / "sae" / "tensorboard")).Reload()
+    written = {event.step: event.value for event in events.Scalars("loss")}
+    lines = rundir.read_metrics(tmp_path / "sae")
+    assert written == {line["step"]: pytest.approx(line["loss"]) for line in lines}
+
+
+def test_weights_and_biases_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for the service, which would need an account; its calls are those of wandb 0.31."""
+    logged: dict[int, dict] = {}
+    service = types.SimpleNamespace(log=lambda record, step: logged.update({step: record}), finish=lambda: None)
+    started: dict = {}
+    fake = types.SimpleNamespace(init=lambda **arguments: started.update(arguments) or service)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = replace(TOPK, tokens=256 * 10, log_to=("wandb",))
+    train_sae(config, SparseMixtures(), run_in(tmp_path / "sae", config), metadata=METADATA)
+    assert started["config"]["sae"]["k"] == ACTIVE
+    assert list(logged.values()) == rundir.read_metrics(tmp_path / "sae")
 
 
 @pytest.mark.parametrize(
