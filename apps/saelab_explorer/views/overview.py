@@ -83,7 +83,8 @@ def _metrics() -> None:
     losses = [
         f"{name[3:]} {metrics[name]['value']:.3f}" for name in ("ce_clean", "ce_sae", "ce_zero") if name in metrics
     ]
-    text = f"{count(evaluation.get('n_tokens', 0))} held-out tokens; 95 % bootstrap intervals over sequences (dead features: over features)."
+    text = f"{count(evaluation.get('n_tokens', 0))} held-out tokens; 95 % bootstrap intervals over sequences"
+    text += " (dead features: over features)."
     if losses:
         text += f" Cross-entropy in nats: {', '.join(losses)}."
     if evaluation.get("n_outliers"):
