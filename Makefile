@@ -13,11 +13,10 @@ demo: $(STAMP)
 	$(BIN)/saelab demo --out runs/demo --port $(PORT) $(if $(filter 0,$(SERVE)),--no-serve)
 
 test: $(STAMP)
-	$(BIN)/python -m saelab.models.demo
-	$(BIN)/python -m pytest -m "not slow and not gpu and not peer and not network and not real"
+	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "not slow and not gpu and not peer and not network and not real"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow"
+	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "slow"
 
 test-real: $(STAMP)
 	$(BIN)/python -m pytest -m "real" -s

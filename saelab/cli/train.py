@@ -85,7 +85,7 @@ def train(
         mapping = configs.merge(config, set_ or (), **flags)
         if live:
             mapping.setdefault("live", {})
-        if activations and "live" in mapping:
+        if activations and mapping.get("live") is not None:
             raise ConfigError(f"activations in {activations} and live capture were both given; choose one of them")
         store = ActivationStore.open(rundir.find(activations, "activations")) if activations else None
         settings = with_defaults(mapping, store, expansion)

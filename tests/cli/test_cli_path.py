@@ -123,6 +123,15 @@ def test_a_printed_config_trains_the_same(workspace: Path, tmp_path: Path):
     ).read_bytes()
 
 
+def test_the_settings_of_a_run_are_a_config_that_repeats_it(workspace: Path, tmp_path: Path):
+    file = tmp_path / "again.json"
+    file.write_text(json.dumps(json.loads((workspace / "sae" / "run.json").read_text())["config"]))
+    result = saelab("train", workspace, "--config", file, "--out", tmp_path / "sae")
+    assert result.code == 0, result.err
+    weights = [(path / "sae_weights.safetensors").read_bytes() for path in (workspace / "sae", tmp_path / "sae")]
+    assert weights[0] == weights[1]
+
+
 def test_training_while_the_model_runs_needs_no_disk_for_activations(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ):
