@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -44,7 +45,8 @@ def append(path: Path, line: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(line)
     except OSError as error:
-        raise _explained(error, path) from error
+        _raise_explained(error, path)
+        raise
 
 
 @contextlib.contextmanager
@@ -62,15 +64,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        raise _explained(error, path) from error
+        with contextlib.suppress(OSError):  # what went wrong first is what to report
+            temporary.unlink()
+        _raise_explained(error, path)
+        raise
 
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
     """A temporary directory; when the block ends well all of it is fsynced and renamed to ``path``.
 
-    ``path`` must not exist yet, or be an older version, which is then removed after the new one is complete.
+    ``path`` must not exist yet, or be an older version, which is removed after the new one stands in its place. A kill
+    between the two renames leaves neither, so this is for what can be made again.
 
     Raises:
         ArtifactError: the system refused the write; nothing is left behind.
@@ -84,16 +89,26 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             fsync(file)
         fsync(temporary)
         if path.exists():
-            old = _temporary_name(path)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            _swap(temporary, path)
         else:
             os.replace(temporary, path)
         fsync(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _explained(error, path) from error
+        _raise_explained(error, path)
+        raise
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put the directory ``new`` in the place of ``path``, and remove what was there."""
+    old = _temporary_name(path)
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old)
 
 
 def sweep(directory: Path) -> None:
@@ -104,10 +119,20 @@ def sweep(directory: Path) -> None:
 
 def _sweep_dead_writers(path: Path) -> None:
     """Remove half-made directories for ``path`` whose writers were killed; one that still lives keeps its own."""
-    for leftover in path.parent.glob(f"{path.name}{_TEMPORARY}*"):
-        writer = leftover.name.split(_TEMPORARY)[1].split("-")[0]
-        if not Path(f"/proc/{writer}").exists():
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}{_TEMPORARY}*"):
+        writer = leftover.name.rpartition(_TEMPORARY)[2].partition("-")[0]
+        if writer.isdigit() and not _is_alive(int(writer)):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 only asks; unlike /proc it is there on every Unix
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def is_leftover(path: Path) -> bool:
@@ -146,12 +171,17 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f"{path.name}{_TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:6]}")
 
 
-def _explained(error: BaseException, path: Path) -> BaseException:
-    """A sentence for the failures of the disk; everything else as it is."""
+def _raise_explained(error: BaseException, path: Path) -> None:
+    """Raise a sentence for the failures of the disk; return for everything else."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # safetensors and pyarrow wrap the system's error in their own and keep only its text
     if full or "No space left on device" in str(error) or "File too large" in str(error):
-        return ArtifactError(f"no space left to write {path}; free some disk space and run the same command again")
-    if isinstance(error, PermissionError):
-        return ArtifactError(f"no permission to write {path}; choose another directory with --out")
-    return error
+        raise ArtifactError(
+            f"no space left to write {path}; free some disk space and run the same command again"
+        ) from error
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        raise ArtifactError(f"no permission to write {path}; choose another directory with --out") from error
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        raise ArtifactError(
+            f"{path} cannot be written, because a folder on the way to it is a file; choose another --out"
+        ) from error

@@ -53,12 +53,20 @@ class Checkpoints:
         return self.load(steps[-1]) if steps else None
 
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint of ``step``, checked against its checksum."""
+        """The checkpoint of ``step``, checked against its checksum.
+
+        Raises:
+            ArtifactError: its content does not match its checksum, or a part of it is missing.
+        """
         from safetensors.torch import load_file
 
         folder = self.directory / f"step_{step:09d}"
-        state = json.loads((folder / "state.json").read_text())
-        if atomic.sha256(folder / "state.safetensors") != state.pop("sha256"):
+        try:
+            state = json.loads((folder / "state.json").read_text("utf-8"))
+            whole = atomic.sha256(folder / "state.safetensors") == state.pop("sha256") and state["step"] == step
+        except (OSError, ValueError, KeyError, AttributeError):
+            whole = False
+        if not whole:
             raise ArtifactError(
                 f"{folder} is damaged (its checksum differs); delete it to continue from an older checkpoint"
             )

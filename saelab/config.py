@@ -56,15 +56,20 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The content of a TOML or JSON file.
 
     Raises:
-        ConfigError: the file is missing, is not UTF-8, or does not parse.
+        ConfigError: the file is missing, is not UTF-8, does not parse, or holds no table.
     """
     try:
         text = path.read_text("utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}; --print-config writes one to start from") from None
     except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not readable as {path.suffix or 'TOML'}: {error}; correct the file") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a TOML or JSON file") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a table of settings, not {content!r}; --print-config writes one")
+    return content
 
 
 def from_mapping(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C:
@@ -83,7 +88,7 @@ def from_mapping(cls: type[C], mapping: Mapping[str, Any], where: str = "") -> C
     required = [name for name, f in fields.items() if name not in values and _has_no_default(f)]
     if required:
         raise ConfigError(
-            f"{where}{required[0]} must be set; give it in the config file or with --set {required[0]}=..."
+            f"{where}{required[0]} must be set; give it in the config file or with --set {where}{required[0]}=..."
         )
     return cls(**values)
 

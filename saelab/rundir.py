@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from saelab import atomic
+from saelab.checkpoint import Checkpoints
 from saelab.errors import ArtifactError, nearest
 
 SCHEMA = 1
 
-#: What the world calls each stage's directory inside a workspace, and the file that identifies its content.
+#: Each stage, and the file that identifies the content of its directory.
 STAGES = {
     "activations": "manifest.json",
     "sae": "cfg.json",
@@ -42,7 +43,6 @@ class StageWriter:
     def __init__(self, path: Path, stage: str) -> None:
         self.path = path
         self.stage = stage
-        self._metrics_size = (path / "metrics.jsonl").stat().st_size if (path / "metrics.jsonl").exists() else 0
 
     @classmethod
     def create(
@@ -56,9 +56,7 @@ class StageWriter:
         refuse_taken(path)
         if path.exists():
             atomic.sweep(path)
-        inputs = {
-            name: {"path": os.path.relpath(p, path), "sha256": fingerprint(p)} for name, p in (parents or {}).items()
-        }
+        inputs = {name: {"path": _relative(p, path), "sha256": fingerprint(p)} for name, p in (parents or {}).items()}
         atomic.write_json(path / "parents.json", inputs)
         atomic.write_json(path / "env.json", environment())
         atomic.write_json(path / "run.json", {"schema": SCHEMA, "stage": stage, "config": dict(config)})
@@ -73,7 +71,9 @@ class StageWriter:
         """
         read_run(path, stage)
         check_parents(path)
-        atomic.sweep(path)
+        for directory in (path, path / "checkpoints"):
+            if directory.exists():
+                atomic.sweep(directory)
         return cls(path, stage)
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -100,11 +100,29 @@ def refuse_taken(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ArtifactError(f"{path} is a file, but a run is a directory; choose another --out")
     files = [] if not path.exists() else [p.name for p in path.iterdir() if not atomic.is_leftover(p)]
-    if set(files) - {"parents.json", "env.json"}:
-        state = "a finished" if "DONE" in files else "an unfinished"
-        raise ArtifactError(
-            f"{path} already holds {state} run; choose another --out, or continue it with --resume {path}"
-        )
+    if not set(files) - {"parents.json", "env.json"}:
+        return
+    if "run.json" not in files:
+        raise ArtifactError(f"{path} already holds other files; choose another --out")
+    if "DONE" in files:
+        raise ArtifactError(f"{path} already holds a finished run; choose another --out, or remove it first")
+    raise ArtifactError(
+        f"{path} already holds an unfinished run; choose another --out, or continue it with --resume {path}"
+    )
+
+
+def check_replaceable(path: Path, stage: str) -> None:
+    """Raise ArtifactError unless ``path`` is absent, empty, or an older directory of ``stage``.
+
+    A result that replaces its older self must not replace anything else that --out happens to name.
+    """
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file, but a result is a directory; choose another --out")
+    if path.exists() and any(path.iterdir()):
+        found = _read_json(path / "run.json").get("stage") if (path / "run.json").exists() else None
+        if found != stage:
+            holds = f"the stage {found!r}" if found else "other files"
+            raise ArtifactError(f"{path} holds {holds}, which this result would replace; choose another --out")
 
 
 def find(path: str | os.PathLike[str], stage: str) -> Path:
@@ -133,9 +151,9 @@ def find(path: str | os.PathLike[str], stage: str) -> Path:
 def check_done(path: Path) -> None:
     """Raise ArtifactError for a stage that was interrupted; directories of other tools have no run.json and pass."""
     if (path / "run.json").exists() and not (path / "DONE").exists():
-        stage = json.loads((path / "run.json").read_text())["stage"]
-        last = max((c.name for c in (path / "checkpoints").glob("step_*[0-9]")), default=None)
-        at = f" at {last}" if last else ""
+        stage = read_run(path)["stage"]
+        steps = Checkpoints(path / "checkpoints").steps()
+        at = f" at step {steps[-1]}" if steps else ""
         cure = f"continue it with: saelab {_verb(stage)} --resume {path}"
         if stage not in ("activations", "sae"):
             cure = f"make it again with: saelab {_verb(stage)}"
@@ -144,7 +162,7 @@ def check_done(path: Path) -> None:
 
 def check_parents(path: Path) -> None:
     """Raise ArtifactError when an input of the stage at ``path`` changed or vanished since it was used."""
-    for name, parent in json.loads((path / "parents.json").read_text()).items():
+    for name, parent in parents(path).items():
         location = path / parent["path"]
         if not location.exists():
             raise ArtifactError(
@@ -157,32 +175,39 @@ def check_parents(path: Path) -> None:
             )
 
 
+def parents(path: Path) -> dict[str, dict[str, str]]:
+    """The content of parents.json: for each input its ``path``, relative to ``path``, and ``sha256``."""
+    return _read_json(path / "parents.json") if (path / "parents.json").exists() else {}
+
+
 def parent(path: Path, name: str) -> Path:
     """Where the input ``name`` of the stage at ``path`` lies.
 
     Raises:
         ArtifactError: the stage records no such input, or it is not there any more.
     """
-    parents = json.loads((path / "parents.json").read_text()) if (path / "parents.json").exists() else {}
-    if name not in parents:
+    known = parents(path)
+    if name not in known:
         raise ArtifactError(f"{path} does not say which {name} it was made from; give --{name}")
-    location = path / parents[name]["path"]
+    location = path / known[name]["path"]
     if not location.exists():
         raise ArtifactError(f"{path} was made from {name} at {location.resolve()}, which is gone; give --{name}")
     return location.resolve()
 
 
-def read_run(path: Path, stage: str) -> dict[str, Any]:
-    """The content of run.json.
+def read_run(path: Path, stage: str | None = None) -> dict[str, Any]:
+    """The content of run.json; with ``stage`` only if it is such a run.
 
     Raises:
-        ArtifactError: there is none, or it belongs to another stage.
+        ArtifactError: there is none, it is damaged, or it belongs to another stage.
     """
     file = path / "run.json"
     if not file.exists():
         raise ArtifactError(f"{path} is no saelab run (it has no run.json); start one with --out {path}")
-    run = json.loads(file.read_text())
-    if run["stage"] != stage:
+    run = _read_json(file)
+    if not {"stage", "config"} <= set(run):
+        raise ArtifactError(f"{file} is damaged (it lacks the stage or its config); put it back, or start anew")
+    if stage is not None and run["stage"] != stage:
         raise ArtifactError(
             f"{path} is a run of the stage {run['stage']!r}, not of {stage!r}; "
             f"give a directory made by: {_maker(stage)}"
@@ -197,17 +222,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash that identifies the content of a stage directory (by its manifest) or of a file."""
+    """Hash that identifies the content of a stage directory (by its manifest) or of a file.
+
+    Raises:
+        ArtifactError: a directory without a manifest.
+    """
     if path.is_file():
         return atomic.sha256(path)
     manifests = [path / name for name in STAGES.values() if (path / name).exists()]
-    if not manifests:
+    if not manifests and (path / "config.json").exists():  # a model
         manifests = [path / "config.json"]
+    if not manifests:
+        raise ArtifactError(f"{path} has no manifest, so it is no finished stage; make it again")
     return hashlib.sha256(b"".join(m.read_bytes() for m in manifests)).hexdigest()
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to know about where a run was made: versions, device, command, revision."""
+    """What a reader needs to know about where a run was made: versions, machine, command, revision."""
     packages = ("saelab", "torch", "transformers", "transformer-lens", "safetensors", "datasets")
     try:
         revision = subprocess.run(
@@ -237,8 +268,26 @@ def _version(package: str) -> str | None:
 def _is_stage(path: Path, stage: str) -> bool:
     run = path / "run.json"
     if run.exists():
-        return json.loads(run.read_text())["stage"] == stage
+        return _read_json(run).get("stage") == stage
     return (path / STAGES[stage]).exists()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file} is damaged ({error}); put it back, or make its directory again") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{file} is damaged (it holds no table); put it back, or make its directory again")
+    return content
+
+
+def _relative(location: Path, start: Path) -> str:
+    """``location`` as seen from ``start``, true also where a folder on the way to either is a symbolic link.
+
+    The last component keeps its name, so that a workspace with a linked stage can still be moved.
+    """
+    return os.path.relpath(location.absolute().parent.resolve() / location.name, start.resolve())
 
 
 def _verb(stage: str) -> str:

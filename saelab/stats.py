@@ -37,7 +37,7 @@ def bootstrap(
         raise ValueError("bootstrap needs at least one cluster, got none")
     value = float(statistic(sums.sum(0, keepdims=True))[0])
     rng = np.random.default_rng(seed)
-    # how often each cluster is drawn, in one matrix product per block: (draws x clusters) @ (clusters x columns)
+    # counting how often each cluster is drawn turns all resampled totals into one matrix product
     counts = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
     low, high = np.quantile(statistic(counts @ sums), [0.025, 0.975])
     return Interval(value, float(low), float(high))

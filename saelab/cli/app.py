@@ -42,13 +42,12 @@ def main() -> None:
         app(prog_name="saelab")
     except Interrupted as error:
         _fail(str(error), code=130)
-    except KeyboardInterrupt:
-        _fail("stopped; run the same command again, with --resume DIR where a directory was begun", code=130)
     except SaelabError as error:
         _fail(f"error: {error}", code=2)
-    except BrokenPipeError:  # the reader of our output, `head` for example, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's answer to Ctrl-C, which says nothing
+            _fail("stopped; run the same command again, with --resume DIR where a directory was begun", code=130)
+        raise
 
 
 def _fail(sentence: str, *, code: int) -> None:

@@ -52,7 +52,7 @@ def cache(
 
     flags = {"model": model, "text__source": text, "hook_names": hook, "tokens": tokens}
     if resume is not None:
-        if set_ or config or any(value is not None for value in flags.values()):
+        if set_ or config or out or any(value is not None for value in flags.values()):
             raise ConfigError(f"--resume takes its settings from {resume}/run.json; leave out the other settings")
         out = resume
         settings = configs.from_mapping(CacheConfig, rundir.read_run(resume, "activations")["config"])
@@ -63,6 +63,8 @@ def cache(
         return
     if out is None:
         raise ConfigError("cache needs a directory to write to; give --out, for example --out runs/mine/activations")
+    if resume is None:
+        rundir.refuse_taken(out)
     store = run_capture(settings, out, resume=resume is not None, device=device)
     workspace = out.parent if out.name == "activations" else out
     say(f"{store.n_rows * store.context:,} tokens in {out}; next: saelab train {workspace}")
@@ -85,7 +87,7 @@ def run_capture(settings: CacheConfig, out: Path, *, resume: bool, device: str |
     model = load_model(settings.model, device=device)
     width = sum(model.hook_width(name) for name in settings.hook_names)
     n_bytes = settings.tokens * (width * (4 if settings.dtype == "float32" else 2) + 8)
-    need_space(out, n_bytes)
+    need_space(out, n_bytes - sum(shard.stat().st_size for shard in out.glob("shard_*.safetensors")))
     rate = measured_rate(model, settings)
     say(
         f"plan: {settings.tokens:,} tokens of {settings.text.source} through {settings.model} "

@@ -39,7 +39,7 @@ def demo(
     from saelab.models.demo import demo_model_dir
 
     started = time.perf_counter()
-    _stage("model", "fetch and convert SmolLM2-135M-Instruct (93 MB, once)", lambda: demo_model_dir())
+    _stage("model", "fetch and convert SmolLM2-135M-Instruct (93 MB, once)", demo_model_dir)
     _stage("cache", "run text through the model and keep its activations", lambda: _cache(out / "activations", device))
     _stage("train", "train a TopK sparse autoencoder on them", lambda: _train(out / "activations", out / "sae", device))
     metrics = _stage(
@@ -81,7 +81,7 @@ def demo(
 
 
 def cache_settings() -> CacheConfig:
-    """430,000 tokens from all articles of the extract: what two cores capture in three minutes.
+    """480,000 tokens from all articles of the extract: what two cores capture in three minutes.
 
     Long articles are cut, because many short texts teach a dictionary more than few long ones; a ninth is held out,
     because 5 % of so few articles would be too little to evaluate on.
@@ -123,9 +123,15 @@ def _cache(out: Path, device: str | None) -> None:
 
 
 def _train(activations: Path, out: Path, device: str | None) -> None:
+    from saelab import config as configs
+    from saelab import rundir
     from saelab.activations.store import ActivationStore
     from saelab.cli import train
+    from saelab.train.loop import TrainConfig
 
-    if not (out / "DONE").exists():
-        store = ActivationStore.open(activations)
-        train.run_training(train_settings(), store, out, resume=(out / "run.json").exists(), device=device)
+    if (out / "DONE").exists():
+        return
+    store, begun, settings = ActivationStore.open(activations), (out / "run.json").exists(), train_settings()
+    if begun:  # perhaps by a version with other settings
+        settings = configs.from_mapping(TrainConfig, rundir.read_run(out, "sae")["config"])
+    train.run_training(settings, store, out, resume=begun, device=device)

@@ -56,11 +56,13 @@ def run_evaluation(
     from saelab import config as configs
     from saelab.evals.reconstruction import evaluate, report
 
-    sae_path, sae, store, model = opened(run, activations=activations, device=device)
+    sae_path = rundir.find(run, "sae")
+    out = out or sae_path.parent / "eval"
+    rundir.check_replaceable(out, "eval")
+    sae, store, model = opened(sae_path, activations=activations, device=device)
     with progress_bar("eval") as progress:
         evaluation = evaluate(sae, store, model, settings, progress=progress)
     result = report(evaluation)
-    out = out or sae_path.parent / "eval"
     with atomic.replacing_directory(out) as folder:
         stage = rundir.StageWriter.create(
             folder,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saelab.cli.console import AsJson, Device, emit, table
+from saelab.cli.inputs import model_of
 from saelab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def features(
             print(as_card(record))
         return
     if text is not None:
-        hits = _by_inference(run, index, text, top, device)
+        hits = _by_inference(index, text, top, device)
     elif label is not None:
         hits = index.search(label, n=top)
     elif token is not None:
@@ -103,13 +104,13 @@ def as_line(example: Example, *, before: int = 12, after: int = 6) -> str:
     return "".join(pieces[start : example.peak + after + 1]).replace("\n", "↵")
 
 
-def _by_inference(run: Path, index: FeatureIndex, text: str, n: int, device: str | None) -> list[SearchHit]:
+def _by_inference(index: FeatureIndex, text: str, n: int, device: str | None) -> list[SearchHit]:
+    from saelab import rundir
     from saelab.features.search import features_in_text
-    from saelab.models.load import load_model
     from saelab.sae.io import load_sae
 
-    model = load_model(index.manifest.model_name, device=device)
-    return features_in_text(model, load_sae(run), index, text, n=n)
+    sae = load_sae(rundir.parent(index.path, "sae"))
+    return features_in_text(model_of(sae, device=device), sae, index, text, n=n)
 
 
 def _listed(index: FeatureIndex, chosen: list[int]) -> list[SearchHit]:

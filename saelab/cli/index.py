@@ -53,14 +53,16 @@ def run_indexing(
     device: str | None = None,
 ) -> FeatureIndex:
     """Load what is needed, print the plan, build the index and put it in the place of an older one."""
-    from saelab import atomic
+    from saelab import atomic, rundir
     from saelab.features.index import FeatureIndex, build_index
 
-    sae_path, sae, store, model = opened(run, activations=activations, device=device)
+    sae_path = rundir.find(run, "sae")
+    out = out or sae_path.parent / "index"
+    rundir.check_replaceable(out, "index")
+    sae, store, model = opened(sae_path, activations=activations, device=device)
     n_tokens = min(settings.max_tokens or store.n_rows * store.context, store.n_rows * store.context)
     n_pairs = n_tokens * getattr(sae.cfg, "k", 64)
     say(f"plan: {sae.cfg.d_sae:,} features over {n_tokens:,} tokens; about {human_bytes(24 * n_pairs)} of memory")
-    out = out or sae_path.parent / "index"
     with progress_bar("index") as progress, atomic.replacing_directory(out) as folder:
         build_index(sae, store, model, folder, config=settings, sae_path=sae_path, progress=progress)
     return FeatureIndex.open(out)

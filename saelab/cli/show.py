@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from saelab import atomic
 from saelab.cli.console import AsJson, emit
 from saelab.errors import ArtifactError
 
@@ -20,7 +20,7 @@ def show(
     stages = (
         [path]
         if (path / "run.json").exists()
-        else sorted(p.parent for p in path.glob("*/run.json"))
+        else sorted(p.parent for p in path.glob("*/run.json") if not atomic.is_leftover(p.parent))
         if path.is_dir()
         else []
     )
@@ -42,7 +42,7 @@ def describe(path: Path) -> dict[str, Any]:
     """The facts of one stage directory, as plain data."""
     from saelab import rundir
 
-    run = jsonlib.loads((path / "run.json").read_text("utf-8"))
+    run = rundir.read_run(path)
     try:
         rundir.check_done(path)
         rundir.check_parents(path)
@@ -55,8 +55,6 @@ def describe(path: Path) -> dict[str, Any]:
         "stage": run["stage"],
         "state": state,
         "config": run["config"],
-        "parents": {
-            name: parent["path"] for name, parent in jsonlib.loads((path / "parents.json").read_text("utf-8")).items()
-        },
+        "parents": {name: parent["path"] for name, parent in rundir.parents(path).items()},
         "last_metrics": metrics[-1] if metrics else None,
     }

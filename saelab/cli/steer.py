@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from saelab.cli.console import AsJson, Device, emit, progress_bar, say, table
+from saelab.cli.inputs import model_of
 from saelab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -97,12 +98,11 @@ def steered_and_not(
 ) -> dict[str, Any]:
     """The two continuations of ``prompt``."""
     from saelab.interp import steering
-    from saelab.models.load import load_model
     from saelab.sae.io import load_sae
 
     sae = load_sae(run)
     edits = steering.as_edits([sae.feature(i) for i in features], strength=strength, mode=checked(mode), value=value)
-    model = load_model(sae.metadata.model_name, device=device)
+    model = model_of(sae, device=device)
     text = model.chat([{"role": "user", "content": prompt}]) if chat else prompt
 
     def written() -> str:
@@ -144,15 +144,16 @@ def run_record(
     from saelab import config as configs
     from saelab.features.index import FeatureIndex
     from saelab.interp.steering_record import steering_record
-    from saelab.models.load import load_model
     from saelab.sae.io import load_sae
 
     sae_path, index = rundir.find(run, "sae"), FeatureIndex.open(run)
+    out = out or sae_path.parent / "steer"
+    rundir.check_replaceable(out, "steer")
     chosen = index.most_token_specific(n_features)
     if not chosen:
         raise ConfigError(f"{index.path} has no feature with a token rule; index more text, or train on more tokens")
     sae = load_sae(sae_path)
-    model = load_model(index.manifest.model_name, device=device)
+    model = model_of(sae, device=device)
     with progress_bar("steer") as progress:
         record = steering_record(model, sae, {i: index.trigger_tokens(i) for i in chosen}, settings, progress=progress)
     result = {
@@ -165,7 +166,6 @@ def run_record(
             for effect in record.effects
         ],
     }
-    out = out or sae_path.parent / "steer"
     with atomic.replacing_directory(out) as folder:
         stage = rundir.StageWriter.create(
             folder, stage="steer", config=configs.to_mapping(settings), parents={"sae": sae_path, "index": index.path}

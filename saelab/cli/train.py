@@ -67,7 +67,8 @@ def train(
         "live__text__source": text,
     }
     if resume is not None:
-        if set_ or config or activations or expansion or live or any(value is not None for value in flags.values()):
+        other = (set_, config, activations, expansion, live, out)
+        if any(other) or any(value is not None for value in flags.values()):
             raise ConfigError(f"--resume takes its settings from {resume}/run.json; leave out the other settings")
         settings = configs.from_mapping(TrainConfig, rundir.read_run(resume, "sae")["config"])
         if (resume / "DONE").exists():
@@ -99,6 +100,7 @@ def train(
         if out is None and store is None:
             raise ConfigError("--live needs a directory to write to; give --out, for example --out runs/mine/sae")
         out = out or store.path.parent / "sae"  # type: ignore[union-attr]
+        rundir.refuse_taken(out)
         run_training(settings, store, out, resume=False, device=device)
     say(f"trained SAE in {out}; next: saelab eval {out.parent}, saelab index {out.parent}")
     if json:
@@ -111,6 +113,8 @@ def with_defaults(mapping: dict[str, Any], store: ActivationStore | None, expans
     from saelab.train.loop import TrainConfig
 
     sae = mapping.setdefault("sae", {})
+    if not isinstance(sae, dict):
+        raise ConfigError(f"sae must be a table of settings, got {sae!r}; write for example --set sae.arch=topk")
     if expansion is not None and "d_sae" in sae:
         raise ConfigError(f"--expansion and d_sae={sae['d_sae']} both set the width; give one of them")
     sae.setdefault("arch", "topk")
@@ -142,7 +146,7 @@ def run_training(
     from saelab import rundir
     from saelab.activations.loader import Batches, LiveBatches
     from saelab.models.load import load_model
-    from saelab.train.loop import parameters_in_memory, train_sae
+    from saelab.train.loop import memory_bytes, train_sae
     from saelab.train.provenance import of_live_capture, of_store
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -170,11 +174,10 @@ def run_training(
         run = rundir.StageWriter.resume(out, stage="sae")
     else:
         run = rundir.StageWriter.create(out, stage="sae", config=configs.to_mapping(settings), parents=parents)
-    plan = parameters_in_memory(settings, batches.d_in)
     say(
         f"plan: {settings.sae.arch} with {settings.sae.d_sae:,} features on {hook_name} ({device}); "
-        f"{plan['n_steps']:,} steps of "
-        f"{settings.batch_size} tokens ({source}); {human_bytes(plan['training_bytes'])} of memory"
+        f"{settings.n_steps:,} steps of {settings.batch_size} tokens ({source}); "
+        f"{human_bytes(memory_bytes(settings, batches.d_in))} of memory"
     )
     with progress_bar("train") as progress:
         train_sae(settings, batches, run, metadata=metadata, device=device, progress=progress)

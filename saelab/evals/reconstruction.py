@@ -38,6 +38,10 @@ class EvalConfig:
         for name in ("tokens", "batch_rows", "draws"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
+        if not self.outlier_factor > 1:
+            raise ConfigError(
+                f"outlier_factor is a multiple of the median norm above 1, got {self.outlier_factor}; 10 is usual"
+            )
 
 
 class Evaluation(NamedTuple):
@@ -57,9 +61,10 @@ class Evaluation(NamedTuple):
 def report(evaluation: Evaluation, *, n_bins: int = 40) -> dict[str, Any]:
     """Plain data for eval.json: every metric with its interval and token count, and the histogram of log10 density.
 
-    Features that never fired are counted apart, because their density has no logarithm.
+    Features that never fired are counted apart, because their density has no logarithm; rarer ones than 1e-6 are in
+    the first bin.
     """
-    alive = np.log10(evaluation.density[evaluation.fired > 0])
+    alive = np.log10(evaluation.density[evaluation.fired > 0]).clip(min=-6.0)
     counts, edges = np.histogram(alive, bins=n_bins, range=(-6.0, 0.0))
     return {
         "metrics": {
@@ -96,12 +101,12 @@ def evaluate(
             f"the SAE reads {hook_name}, but {store.path} holds {', '.join(store.hook_names)}; give other activations"
         )
     rows = store.rows("held_out")
-    n_rows = min(len(rows), -(-config.tokens // (store.context - 1)))
-    if n_rows < 2:
+    if len(rows) < 2:
         raise ArtifactError(
             f"{store.path} holds {len(rows)} held-out sequences, too few to evaluate on; "
             "cache more text or raise held_out"
         )
+    n_rows = min(len(rows), max(2, -(-config.tokens // (store.context - 1))))
     # held-out documents lie one after another, so an even spread over the rows sees all of them
     rows = rows[np.linspace(0, len(rows) - 1, n_rows).round().astype(int)]
     limit = config.outlier_factor * _median_norm(store, hook_name, rows, config.batch_rows)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.errors import ConfigError
+from saelab.errors import ConfigError, ShapeError
 from saelab.models.load import Model
 from saelab.sae.base import Feature
 
@@ -28,12 +28,14 @@ class Edit:
 
     hook_name: str
     delta: Delta
+    width: int | None = None
+    """Width of the activations that ``delta`` is for, where it is for one only."""
 
 
 def add_direction(hook_name: str, direction: Float[Tensor, " d_model"], *, strength: float, mean_norm: float) -> Edit:
     """Add a vector along ``direction`` of norm ``strength * mean_norm``; a negative strength suppresses."""
     vector = strength * mean_norm * direction.detach() / direction.norm()
-    return Edit(hook_name, lambda acts: vector.to(acts).expand_as(acts))
+    return Edit(hook_name, lambda acts: vector.to(acts).expand_as(acts), width=len(vector))
 
 
 def add_feature(feature: Feature, *, strength: float) -> Edit:
@@ -48,7 +50,7 @@ def clamp_feature(feature: Feature, *, value: float) -> Edit:
     def delta(acts: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
         return (value - feature.activation(acts.float())).unsqueeze(-1) * direction.to(acts.device)
 
-    return Edit(feature.hook_name, delta)
+    return Edit(feature.hook_name, delta, width=len(direction))
 
 
 def ablate_feature(feature: Feature) -> Edit:
@@ -88,9 +90,16 @@ def steer(
 
     Raises:
         ConfigError: the mode and its number do not go together, or the model has no such hook.
+        ShapeError: the hook has another width than the SAE.
     """
     by_hook: dict[str, list[Delta]] = {}
     for edit in as_edits(target, strength=strength, mode=mode, value=value):
+        found = model.hook_width(edit.hook_name)
+        if edit.width not in (None, found):
+            raise ShapeError(
+                f"{edit.hook_name} of {model.name} has width {found}, but what is added there has width {edit.width}; "
+                "give the model that the SAE was trained on"
+            )
         by_hook.setdefault(edit.hook_name, []).append(edit.delta)
     with ExitStack() as stack:
         for hook_name, deltas in by_hook.items():
@@ -111,6 +120,9 @@ def as_edits(
         ConfigError: the mode and its number do not go together.
     """
     targets = [target] if isinstance(target, (Feature, Edit)) else target
+    plain = strength is None and mode == "add" and value is None
+    if not plain and any(isinstance(t, Edit) for t in targets):
+        raise ConfigError("an Edit says by itself what it adds; give strength, mode and value for features only")
     return [t if isinstance(t, Edit) else _edit(t, strength=strength, mode=mode, value=value) for t in targets]
 
 

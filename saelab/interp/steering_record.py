@@ -172,7 +172,7 @@ def push_to_kl(
     line (KL grows like the square of a small strength).
 
     Raises:
-        ConfigError: even a vector 64 times the residual norm costs less.
+        ConfigError: even a vector of 64 times the residual norm costs less.
     """
 
     def at(strength: float) -> Pushed:
@@ -182,9 +182,9 @@ def push_to_kl(
 
     low, high = None, at(0.5)
     while high.kl < kl:
-        low, high = high, at(high.strength * 2)
-        if high.strength > 64 and high.kl < kl:
+        if high.strength >= 64:
             raise ConfigError(f"steering reaches a KL of only {high.kl:.2f} nats, below the {kl} asked for; lower kl")
+        low, high = high, at(high.strength * 2)
     while low is None:
         candidate = at(high.strength / 2)
         if candidate.kl < kl:

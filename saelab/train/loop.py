@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -72,9 +72,14 @@ class TrainConfig:
             raise ConfigError(
                 f"tokens is {self.tokens}, less than one batch of {self.batch_size}; raise tokens or lower batch_size"
             )
-        for name in ("batch_size", "stats_tokens", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
+        for name in ("batch_size", "stats_tokens", "log_every", "checkpoint_every", "keep_every", "dead_after_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}; raise it")
+        if self.outlier_factor is not None and not self.outlier_factor > 1:
+            raise ConfigError(
+                f"outlier_factor is a multiple of the median norm above 1, got {self.outlier_factor}; 10 is usual"
+            )
 
     @property
     def n_steps(self) -> int:
@@ -82,7 +87,7 @@ class TrainConfig:
 
     @property
     def dead_window(self) -> int:
-        return self.dead_after_tokens or min(10_000_000, self.tokens // 10)
+        return min(10_000_000, self.tokens // 10) if self.dead_after_tokens is None else self.dead_after_tokens
 
 
 @runtime_checkable
@@ -106,8 +111,17 @@ class Normaliser:
 
     @classmethod
     def fitted(cls, stats: ActivationStats, *, centre: bool) -> Normaliser:
+        """The one that fits ``stats``; without ``centre`` it only scales.
+
+        Raises:
+            TrainingError: the activations do not vary, or are not finite.
+        """
         mean = stats.mean if centre else torch.zeros_like(stats.mean)
         rms = stats.centred_norm if centre else math.sqrt(stats.centred_norm**2 + float(stats.mean.pow(2).sum()))
+        if not 0 < rms < math.inf:
+            raise TrainingError(
+                f"the activations vary by {rms} about their mean, so there is nothing to learn; choose another hook"
+            )
         return cls(mean, math.sqrt(len(mean)) / rms)
 
     def __call__(self, acts: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
@@ -150,9 +164,8 @@ def train_sae(
                     trainer.record(losses) | {"tokens_per_second": round(n_steps * config.batch_size / elapsed)}
                 )
                 clock, clock_step = time.perf_counter(), trainer.step
-            stopping = bool(
-                stop
-            )  # asked once: a request that comes after this line waits for the next step's checkpoint
+            # asked once: a request that comes after this line waits for the next step's checkpoint
+            stopping = bool(stop)
             if trainer.step % config.checkpoint_every == 0 or stopping:
                 checkpoints.save(trainer.step, trainer.tensors(), {})
             if progress:
@@ -179,10 +192,10 @@ class _Trainer:
         self.config, self.batches, self.device = config, batches, torch.device(device)
         self.step = 0
         self.grad_norm = 0.0
-        seeded = getattr(config.sae, "b_dec", None) == "zero"
+        at_origin = getattr(config.sae, "b_dec", None) == "zero"
         stats = batches.statistics(config.stats_tokens)
         self.mean_norm = stats.mean_norm
-        fitted = Normaliser.fitted(stats, centre=config.centre and not seeded)
+        fitted = Normaliser.fitted(stats, centre=config.centre and not at_origin)
         self.normalise = replace(fitted, mean=fitted.mean.to(self.device))
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = new_sae(config.sae, d_in=batches.d_in, generator=generator).to(self.device)
@@ -253,7 +266,7 @@ class _Trainer:
     def finished(self, metadata: Metadata) -> SAE:
         """The trained SAE, working on raw activations."""
         self.sae.fold_(self.normalise.mean, self.normalise.scale)
-        self.sae.metadata = replace(metadata, mean_norm=self.mean_norm)
+        self.sae.metadata = replace(metadata, mean_norm=self.mean_norm, activation_scale=self.normalise.scale)
         return self.sae.eval()
 
     def _not_finite(self, acts: Float[Tensor, "batch d_in"], losses: SAELoss) -> str:
@@ -271,7 +284,7 @@ class _Trainer:
         )
 
 
-def parameters_in_memory(config: TrainConfig, d_in: int) -> dict[str, Any]:
-    """Numbers for the plan printed before training: parameters, and bytes of weights, gradients and Adam's moments."""
+def memory_bytes(config: TrainConfig, d_in: int) -> int:
+    """What weights, gradients and Adam's two moments take in float32."""
     n_parameters = 2 * d_in * config.sae.d_sae + d_in + config.sae.d_sae
-    return {"n_parameters": n_parameters, "training_bytes": 16 * n_parameters, "n_steps": config.n_steps}
+    return 16 * n_parameters

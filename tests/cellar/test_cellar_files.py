@@ -38,6 +38,25 @@ def test_an_interrupted_directory_leaves_the_old_one_and_nothing_else(tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
+def test_a_failed_swap_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with atomic.replacing_directory(tmp_path / "d") as folder:
+        (folder / "f").write_text("old")
+    real, calls = os.replace, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("no")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(OSError, match="no") as raised, atomic.replacing_directory(tmp_path / "d") as folder:
+        (folder / "f").write_text("new")
+    assert raised.value.__cause__ is None  # an error that caused itself would send readers of the chain in circles
+    assert (tmp_path / "d" / "f").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
 def test_json_refuses_not_a_number(tmp_path: Path):
     with pytest.raises(ValueError, match="Out of range float"):
         atomic.write_json(tmp_path / "a.json", {"x": float("nan")})
@@ -137,6 +156,68 @@ def test_a_run_does_not_overwrite_another(tmp_path: Path):
         StageWriter.create(tmp_path / "out", stage="sae", config={})
 
 
+def test_a_result_replaces_its_older_self_and_nothing_else(tmp_path: Path):
+    rundir.check_replaceable(tmp_path / "new", "eval")
+    StageWriter.create(tmp_path / "eval", stage="eval", config={})
+    rundir.check_replaceable(tmp_path / "eval", "eval")
+    StageWriter.create(tmp_path / "sae", stage="sae", config={})
+    with pytest.raises(ArtifactError, match="holds the stage 'sae', which this result would replace"):
+        rundir.check_replaceable(tmp_path / "sae", "eval")
+    with pytest.raises(ArtifactError, match="holds other files, which this result would replace"):
+        rundir.check_replaceable(tmp_path, "eval")
+
+
+def test_files_that_are_no_run_are_not_called_one(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match="already holds other files"):
+        StageWriter.create(tmp_path, stage="sae", config={})
+
+
+def test_inputs_are_found_through_a_linked_folder(tmp_path: Path):
+    (tmp_path / "far" / "away" / "runs").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "far" / "away" / "runs")
+    (tmp_path / "acts").mkdir()
+    (tmp_path / "acts" / "manifest.json").write_text("1")
+    parents = {"activations": tmp_path / "acts"}
+    run = StageWriter.create(tmp_path / "runs" / "sae", stage="sae", config={}, parents=parents)
+    assert rundir.parent(run.path, "activations") == tmp_path / "acts"
+    rundir.check_parents(run.path)
+
+
+def test_an_emptied_input_is_an_error(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "manifest.json").write_text("1")
+    run = StageWriter.create(tmp_path / "out", stage="sae", config={}, parents={"activations": tmp_path / "in"})
+    (tmp_path / "in" / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="has no manifest"):
+        rundir.check_parents(run.path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_run_json_is_named(tmp_path: Path, content: str):
+    run = StageWriter.create(tmp_path / "sae", stage="sae", config={})
+    run.finish()
+    (run.path / "run.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"run\.json is damaged"):
+        rundir.read_run(run.path, "sae")
+
+
+def test_resuming_sweeps_half_written_checkpoints_too(tmp_path: Path):
+    run = StageWriter.create(tmp_path / "sae", stage="sae", config={})
+    Checkpoints(run.path / "checkpoints").save(7, {"w": torch.zeros(1)}, {})
+    (run.path / "checkpoints" / "step_000000009.part-1-abcde1").mkdir()
+    with pytest.raises(ArtifactError, match="unfinished at step 7; continue"):
+        rundir.check_done(run.path)
+    StageWriter.resume(run.path, stage="sae")
+    assert [p.name for p in (run.path / "checkpoints").iterdir()] == ["step_000000007"]
+
+
+def test_a_folder_that_is_a_file_is_one_sentence(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="a folder on the way to it is a file"):
+        StageWriter.create(tmp_path / "file" / "out", stage="sae", config={})
+
+
 def test_rewinding_metrics_drops_later_and_torn_lines(tmp_path: Path):
     run = StageWriter.create(tmp_path / "out", stage="sae", config={})
     for step in (1, 2, 3):
@@ -165,6 +246,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        checkpoints.latest()
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_a_checkpoint_without_one_of_its_files_is_refused(tmp_path: Path, name: str):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"w": torch.zeros(100)}, {})
+    (tmp_path / "step_000000001" / name).unlink()
     with pytest.raises(ArtifactError, match="is damaged"):
         checkpoints.latest()
 

@@ -150,6 +150,42 @@ def test_resume_takes_no_other_settings(workspace: Path):
     assert "there is nothing to resume" in refused("train", "--resume", workspace / "sae")
 
 
+def test_a_result_does_not_replace_what_is_none(workspace: Path, tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for arguments in (("eval", workspace), ("index", workspace), ("steer", workspace, "--record", 1)):
+        assert "other files, which this result would replace" in refused(*arguments, "--out", tmp_path)
+        assert "the stage 'sae', which this result would replace" in refused(*arguments, "--out", workspace / "sae")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_ctrl_c_outside_of_training_is_one_sentence(workspace: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saelab.evals.reconstruction.evaluate", stop)
+    result = saelab("eval", workspace)
+    assert result.code == 130
+    assert "stopped; run the same command again" in result.err
+
+
+def test_an_sae_of_other_weights_than_the_model_has_now(broken: Path):
+    import json
+
+    cfg = broken / "sae" / "cfg.json"
+    content = json.loads(cfg.read_text())
+    content["metadata"]["saelab"]["model_sha256"] = "0" * 64
+    cfg.write_text(json.dumps(content))
+    assert "weights 000000000000" in refused("steer", broken, "--feature", 1)
+    assert "000000000000" in refused("eval", broken)
+
+
+def test_settings_that_are_no_table(workspace: Path, tmp_path: Path):
+    assert "sae must be a table" in refused("train", workspace, "--out", tmp_path / "sae", "--set", "sae=topk")
+    (tmp_path / "list.json").write_text("[1]")
+    assert "must hold a table" in refused("cache", "--config", tmp_path / "list.json", "--out", tmp_path / "x")
+    assert "cannot be read" in refused("cache", "--config", tmp_path, "--out", tmp_path / "x")
+
+
 def test_contradicting_flags(workspace: Path):
     assert "give one of them" in refused("train", workspace, "--expansion", 2, "--d-sae", 64)
     assert "one thing to look up" in refused("features", workspace)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.activations.store import ActivationStore
-from saelab.errors import ArtifactError
+from saelab.errors import ArtifactError, ConfigError
 from saelab.evals.reconstruction import EvalConfig, evaluate, report
 from saelab.metrics import METRICS
 from saelab.sae.architectures import new_sae
@@ -161,3 +161,8 @@ def test_evaluation_leaves_no_trace(tiny_model, store):
     before = tiny_model.logits(ids)
     evaluate(perfect_sae(tiny_model), store, tiny_model, EvalConfig(draws=20))
     torch.testing.assert_close(tiny_model.logits(ids), before, rtol=0, atol=0)
+
+
+def test_an_outlier_limit_below_the_median_is_refused():
+    with pytest.raises(ConfigError, match=r"above 1, got 1\.0"):
+        EvalConfig(outlier_factor=1.0)

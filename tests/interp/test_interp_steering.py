@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saelab.errors import ConfigError
+from saelab.errors import ConfigError, ShapeError
 from saelab.interp.steering import Edit, ablate_feature, add_direction, steer
 from saelab.interp.steering_record import (
     RecordConfig,
@@ -102,6 +102,18 @@ def test_several_hooks_are_steered_together(tiny_model, sae, tokens):
     torch.testing.assert_close(
         (both - alone)[real], (0.3 * sae.W_dec[0]).expand_as(both[real]).detach(), rtol=0.1, atol=0.05
     )
+
+
+def test_an_edit_of_another_width_is_refused_before_the_model_runs(tiny_model):
+    edit = add_direction(HOOK, torch.ones(tiny_model.d_model + 1), strength=0.3, mean_norm=1.0)
+    with pytest.raises(ShapeError, match=f"has width {tiny_model.d_model}, but"), steer(tiny_model, edit):
+        pass
+
+
+def test_an_edit_takes_no_strength_of_its_own(tiny_model):
+    edit = add_direction(HOOK, torch.ones(tiny_model.d_model), strength=0.3, mean_norm=1.0)
+    with pytest.raises(ConfigError, match="says by itself what it adds"), steer(tiny_model, edit, strength=2.0):
+        pass
 
 
 @pytest.mark.parametrize("mode", ["add", "ablate", "clamp"])

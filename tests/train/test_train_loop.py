@@ -241,6 +241,9 @@ def test_weights_and_biases_gets_the_same_numbers(tmp_path: Path, monkeypatch: p
         ({"tokens": 10}, "tokens is 10, less than one batch of 256"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"log_every": 0}, "log_every must be at least 1"),
+        ({"keep_every": 0}, "keep_every must be at least 1"),
+        ({"dead_after_tokens": 0}, "dead_after_tokens must be at least 1"),
+        ({"outlier_factor": 0.0}, "outlier_factor is a multiple of the median norm above 1"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict, sentence: str):
@@ -248,6 +251,10 @@ def test_impossible_settings_are_refused(change: dict, sentence: str):
         replace(TOPK, **change)
     with pytest.raises(ConfigError, match=r"optim.lr must be between 0 and 1, got 5"):
         OptimConfig(lr=5.0)
+    with pytest.raises(ConfigError, match=r"optim.betas must be at least 0 and below 1"):
+        OptimConfig(betas=(0.9, 1.0))
+    with pytest.raises(ConfigError, match=r"optim.clip_norm must be above 0"):
+        OptimConfig(clip_norm=0.0)
 
 
 def test_the_learning_rate_follows_its_rule():
