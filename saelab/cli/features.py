@@ -109,6 +109,7 @@ def _by_inference(index: FeatureIndex, text: str, n: int, device: str | None) ->
     from saelab.features.search import features_in_text
     from saelab.sae.io import load_sae
 
+    rundir.check_parents(index.path)  # an index of an earlier SAE would name other features
     sae = load_sae(rundir.parent(index.path, "sae"))
     return features_in_text(model_of(sae, device=device), sae, index, text, n=n)
 

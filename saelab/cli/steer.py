@@ -147,6 +147,7 @@ def run_record(
     from saelab.sae.io import load_sae
 
     sae_path, index = rundir.find(run, "sae"), FeatureIndex.open(run)
+    rundir.check_parents(index.path)  # an index of an earlier SAE would name other features
     out = out or sae_path.parent / "steer"
     rundir.check_replaceable(out, "steer")
     chosen = index.most_token_specific(n_features)

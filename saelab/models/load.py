@@ -189,7 +189,10 @@ def _explained(name: str, source: str) -> Iterator[None]:
         raise
     except Exception as error:
         known = _hub_error(name, error) if not Path(source).is_dir() else None
-        raise known or _file_error(name, error) or error from error
+        sentence = known or _file_error(name, error)
+        if sentence is None:
+            raise
+        raise sentence from error
 
 
 def _hub_error(name: str, error: Exception) -> AssetError | None:
