@@ -202,6 +202,14 @@ def test_not_a_run(tmp_path: Path):
     assert "no folder" in refused("explore", tmp_path / "nothing")
 
 
+@pytest.fixture
+def listening():
+    """Ctrl-C as in a terminal; a shell that starts tests in the background lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def pressing_ctrl_c(at_call: int):
     """A progress bar during which the user presses Ctrl-C."""
 
@@ -218,6 +226,7 @@ def pressing_ctrl_c(at_call: int):
     return bar
 
 
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_during_capture_names_the_command_that_goes_on(cache_arguments: list, tmp_path: Path, monkeypatch):
     arguments = [*cache_arguments, "--set", "rows_per_shard=4", "--set", "batch_rows=4"]
     with monkeypatch.context() as patch:
@@ -229,6 +238,7 @@ def test_ctrl_c_during_capture_names_the_command_that_goes_on(cache_arguments: l
     assert "finished" in saelab("show", tmp_path / "out").out
 
 
+@pytest.mark.usefixtures("listening")
 def test_ctrl_c_during_training_writes_a_checkpoint_and_names_the_command(workspace: Path, tmp_path: Path, monkeypatch):
     out = tmp_path / "sae"
     with monkeypatch.context() as patch:
