@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saelab.errors import ArtifactError
+from saelab.errors import ArtifactError, ConfigError
 
 Progress = Callable[[int, int, str], None]
 
@@ -119,6 +120,20 @@ def need_space(directory: Path, n_bytes: int) -> None:
         raise ArtifactError(
             f"{directory} will need {human_bytes(n_bytes)}, but only {human_bytes(free)} are free; "
             "free some space or ask for fewer --tokens"
+        )
+
+
+def need_memory(n_bytes: int) -> None:
+    """Refuse work that cannot fit into this machine's memory, before it starts.
+
+    Raises:
+        ConfigError: more than all of it.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > memory:
+        raise ConfigError(
+            f"this would need {human_bytes(n_bytes)} of memory, but the machine has {human_bytes(memory)}; "
+            "lower --d-sae or --expansion"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -32,7 +32,7 @@ def demo(
     SmolLM2-135M-Instruct reads a Wikipedia extract, a TopK SAE is trained on what it computes, evaluated, indexed and
     steered; both model and text come from the Python package index.
     """
-    from saelab.cli import evaluate, explore, features, index, steer
+    from saelab.cli import evaluate, explore, features, index
     from saelab.evals.reconstruction import EvalConfig
     from saelab.features.config import IndexConfig
     from saelab.features.index import FeatureIndex
@@ -50,19 +50,7 @@ def demo(
     _stage("index", "look at every feature", lambda: index.run_indexing(out, IndexConfig(), device=device))
     built = FeatureIndex.open(out)
     chosen = built.most_token_specific(3)
-    texts = steer.steered_and_not(
-        out,
-        chosen[:1],
-        "The most important thing about",
-        chat=False,
-        mode="add",
-        strength=0.6,
-        value=None,
-        max_new_tokens=30,
-        temperature=0.0,
-        seed=0,
-        device=device,
-    )
+    texts = [_steered(out, feature, device) for feature in chosen]
     seconds = time.perf_counter() - started
     say(f"\nbuilt {out} in {human_seconds(seconds)}\n")
     if json:
@@ -70,10 +58,9 @@ def demo(
     else:
         print(evaluate.as_table(metrics) + "\n")
         print("\n\n".join(features.as_card(built.feature(i), n_examples=3) for i in chosen) + "\n")
-        print(
-            f"steering feature {chosen[0]} ({built.label(chosen[0]).text}) at strength 0.6\n"
-            f"  prompt:    {texts['prompt']}\n  unsteered: {texts['unsteered']}\n  steered:   {texts['steered']}\n"
-        )
+        print(f"prompt:    {texts[0]['prompt']}\nunsteered: {texts[0]['unsteered']}\n")
+        for feature, text in zip(chosen, texts, strict=True):
+            print(f"steered by {feature} ({built.label(feature).text}): {text['steered']}\n")
     if serve:
         explore.explore(out.parent, run=out.name, port=port)
     else:
@@ -105,6 +92,25 @@ def train_settings() -> TrainConfig:
     from saelab.train.optim import OptimConfig
 
     return TrainConfig(sae=TopKConfig(d_sae=4608, k=32), tokens=2_457_600, optim=OptimConfig(lr=3e-3, decay_share=0.3))
+
+
+def _steered(out: Path, feature: int, device: str | None) -> dict[str, Any]:
+    """A short text with and without one feature, at the usual strength."""
+    from saelab.cli import steer
+
+    return steer.steered_and_not(
+        out,
+        [feature],
+        "The most important thing about",
+        chat=False,
+        mode="add",
+        strength=None,
+        value=None,
+        max_new_tokens=30,
+        temperature=0.0,
+        seed=0,
+        device=device,
+    )
 
 
 def _stage(name: str, what: str, work: Callable[[], T]) -> T:

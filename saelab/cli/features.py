@@ -65,6 +65,8 @@ def features(
         hits = _listed(index, index.most_token_specific(top))
     if json:
         emit([asdict(hit) for hit in hits])
+    elif not hits:
+        say("nothing matches")
     else:
         print(
             table(

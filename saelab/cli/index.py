@@ -38,7 +38,7 @@ def index(
     built = run_indexing(run, settings, activations=activations, out=out, device=device)
     say(
         f"{built.n_features:,} features over {built.n_tokens:,} tokens in {built.path}; "
-        f"next: saelab explore, or saelab features {run} --text '...'"
+        f"next: saelab explore {built.path.parent}, or saelab features {built.path} --specific"
     )
     if json:
         emit({"path": str(built.path), "n_features": built.n_features, "n_tokens": built.n_tokens})

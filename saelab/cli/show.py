@@ -1,4 +1,4 @@
-"""saelab show: what a directory is, how it was made, and whether it is whole."""
+"""saelab show: what a directory is, how it was made, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def show(
     path: Annotated[Path, typer.Argument(help="A stage directory, or a workspace of several.")],
     json: AsJson = False,
 ) -> None:
-    """Print how a directory was made and whether it is whole."""
+    """Print how a directory was made and whether it is finished."""
     stages = (
         [path]
         if (path / "run.json").exists()

@@ -38,7 +38,9 @@ def steer(
             min=1, help="Instead: measure the N most token-specific features against random directions at equal KL."
         ),
     ] = None,
-    kl: Annotated[float, typer.Option(help="record: next-token KL at which they are compared, in nats.")] = 1.5,
+    kl: Annotated[
+        float | None, typer.Option(help="record: next-token KL at which they are compared, in nats (default 1.5).")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="record: directory to write; by default steer/ beside the SAE. An older one is replaced."),
@@ -53,12 +55,19 @@ def steer(
     if record is not None:
         from saelab.interp.steering_record import RecordConfig
 
-        result = run_record(run, record, RecordConfig(kl=kl, seed=seed), out=out, device=device)
+        if feature:
+            raise ConfigError(
+                "--record chooses the features itself, by the precision of their labels; leave out --feature"
+            )
+        settings = RecordConfig(seed=seed) if kl is None else RecordConfig(seed=seed, kl=kl)
+        result = run_record(run, record, settings, out=out, device=device)
         if json:
             emit(result)
         else:
             print(as_table(result))
         return
+    if kl is not None or out is not None:
+        raise ConfigError("--kl and --out belong to --record N; leave them out, or add it")
     if not feature:
         raise ConfigError(
             f"steer needs a feature; find one with: saelab features {run} --specific, then give --feature N"
@@ -115,7 +124,7 @@ def steered_and_not(
         "prompt": prompt,
         "features": features,
         "mode": mode,
-        "strength": strength,
+        "strength": steering.DEFAULT_STRENGTH if mode == "add" and strength is None else strength,
         "value": value,
         "unsteered": unsteered,
         "steered": steered,
@@ -155,6 +164,10 @@ def run_record(
         raise ConfigError(f"{index.path} has no feature with a token rule; index more text, or train on more tokens")
     sae = load_sae(sae_path)
     model = model_of(sae, device=device)
+    say(
+        f"plan: {len(chosen)} features and {settings.n_random} random directions on {len(settings.prompts)} prompts, "
+        f"each pushed to a KL of {settings.kl} nats"
+    )
     with progress_bar("steer") as progress:
         record = steering_record(model, sae, {i: index.trigger_tokens(i) for i in chosen}, settings, progress=progress)
     result = {

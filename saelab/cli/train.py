@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, PrintConfig, emit, human_bytes, progress_bar, say
+from saelab.cli.console import (
+    AsJson,
+    ConfigFile,
+    Device,
+    Overrides,
+    PrintConfig,
+    emit,
+    human_bytes,
+    need_memory,
+    progress_bar,
+    say,
+)
 from saelab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,11 +128,15 @@ def with_defaults(mapping: dict[str, Any], store: ActivationStore | None, expans
         raise ConfigError(f"sae must be a table of settings, got {sae!r}; write for example --set sae.arch=topk")
     if expansion is not None and "d_sae" in sae:
         raise ConfigError(f"--expansion and d_sae={sae['d_sae']} both set the width; give one of them")
+    if expansion is not None and not 0 < expansion < float("inf"):
+        raise ConfigError(f"--expansion must be a positive number, got {expansion}; 8 is usual")
     sae.setdefault("arch", "topk")
     if "d_sae" not in sae:
         if store is None:
             raise ConfigError("the number of features is not known without activations; give --d-sae")
-        sae["d_sae"] = round((expansion or 8) * store.d_in(the_hook(store.hook_names, mapping.get("hook_name"))))
+        sae["d_sae"] = round(
+            (8 if expansion is None else expansion) * store.d_in(the_hook(store.hook_names, mapping.get("hook_name")))
+        )
     return configs.from_mapping(TrainConfig, mapping)
 
 
@@ -140,16 +155,14 @@ def run_training(
     settings: TrainConfig, store: ActivationStore | None, out: Path, *, resume: bool, device: str | None = None
 ) -> None:
     """Open the activations (or the model that makes them), print the plan, train under a progress bar."""
-    import torch
-
     from saelab import config as configs
     from saelab import rundir
     from saelab.activations.loader import Batches, LiveBatches
-    from saelab.models.load import load_model
+    from saelab.models.load import checked_device, load_model
     from saelab.train.loop import memory_bytes, train_sae
     from saelab.train.provenance import of_live_capture, of_store
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checked_device(device)
     shared = {"batch_size": settings.batch_size, "seed": settings.seed, "outlier_factor": settings.outlier_factor}
     if settings.live is not None:
         hook_name = the_hook(settings.live.hook_names, settings.hook_name)
@@ -170,6 +183,9 @@ def run_training(
         source = (
             f"{n_passes:.1f} passes over {batches.n_tokens:,} training tokens, {batches.n_outliers} outliers left out"
         )
+    n_bytes = memory_bytes(settings, batches.d_in)
+    if device == "cpu":
+        need_memory(n_bytes)
     if resume:
         run = rundir.StageWriter.resume(out, stage="sae")
     else:
@@ -177,7 +193,7 @@ def run_training(
     say(
         f"plan: {settings.sae.arch} with {settings.sae.d_sae:,} features on {hook_name} ({device}); "
         f"{settings.n_steps:,} steps of {settings.batch_size} tokens ({source}); "
-        f"{human_bytes(memory_bytes(settings, batches.d_in))} of memory"
+        f"{human_bytes(n_bytes)} of memory"
     )
     with progress_bar("train") as progress:
         train_sae(settings, batches, run, metadata=metadata, device=device, progress=progress)

@@ -5,6 +5,7 @@ Only the feature's own contribution changes; what the SAE does not explain (its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from saelab.models.load import Model
 from saelab.sae.base import Feature
 
 Mode = Literal["add", "clamp", "ablate"]
+
+#: Strength of "add" where none is given: about 1 to 1.5 nats of next-token KL on the demo model.
+DEFAULT_STRENGTH = 0.6
 Delta = Callable[[Float[Tensor, "batch seq d_model"]], Float[Tensor, "batch seq d_model"]]
 
 
@@ -120,6 +124,9 @@ def as_edits(
         ConfigError: the mode and its number do not go together.
     """
     targets = [target] if isinstance(target, (Feature, Edit)) else target
+    for name, number in (("strength", strength), ("value", value)):
+        if number is not None and not math.isfinite(number):
+            raise ConfigError(f"{name} must be a finite number, got {number}; usual strengths are 0.3 to 1")
     plain = strength is None and mode == "add" and value is None
     if not plain and any(isinstance(t, Edit) for t in targets):
         raise ConfigError("an Edit says by itself what it adds; give strength, mode and value for features only")
@@ -143,7 +150,7 @@ def _edit(feature: Feature, *, strength: float | None, mode: Mode, value: float 
         return ablate_feature(feature)
     if mode != "add":
         raise ConfigError(f"mode must be 'add', 'clamp' or 'ablate', got {mode!r}; choose one of them")
-    return add_feature(feature, strength=0.6 if strength is None else strength)
+    return add_feature(feature, strength=DEFAULT_STRENGTH if strength is None else strength)
 
 
 def _adding(deltas: Sequence[Delta]) -> Callable[[Tensor, Tensor], Tensor]:

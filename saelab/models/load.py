@@ -45,7 +45,7 @@ def load_model(
         ConfigError: no name, an unknown device, dtype or architecture.
     """
     name = os.fspath(name_or_path)
-    device = _checked_device(device)
+    device = checked_device(device)
     source = str(demo_model_dir(progress=progress)) if name in DEMO_NAMES else _located(name)
     with quiet_loading(), _explained(name, source):
         from transformer_lens.model_bridge import TransformerBridge
@@ -126,7 +126,7 @@ def _located(name: str) -> str:
     return name
 
 
-def _checked_device(device: str | None) -> str:
+def checked_device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

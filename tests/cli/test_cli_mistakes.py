@@ -195,6 +195,18 @@ def test_contradicting_flags(workspace: Path):
     assert "mode must be" in refused("steer", workspace, "--feature", 1, "--mode", "push")
 
 
+def test_numbers_that_are_none_and_options_that_would_be_ignored(workspace: Path, tmp_path: Path):
+    out = ("--out", tmp_path / "sae")
+    assert "must be a positive number, got 0.0" in refused("train", workspace, "--expansion", 0, *out)
+    assert "must be a positive number, got nan" in refused("train", workspace, "--expansion", "nan", *out)
+    assert "of memory, but the machine has" in refused("train", workspace, "--expansion", 1e10, *out)
+    assert "device" in refused("train", workspace, "--device", "cuda:77", *out)
+    assert not (tmp_path / "sae").exists()
+    assert "strength must be a finite number" in refused("steer", workspace, "--feature", 1, "--strength", "nan")
+    assert "belong to --record" in refused("steer", workspace, "--feature", 1, "--kl", 1)
+    assert "leave out --feature" in refused("steer", workspace, "--feature", 1, "--record", 2)
+
+
 def test_not_a_run(tmp_path: Path):
     assert "no directory" in refused("eval", tmp_path / "nothing")
     assert "holds no sae directory" in refused("eval", tmp_path)
