@@ -125,6 +125,16 @@ def check_replaceable(path: Path, stage: str) -> None:
             raise ArtifactError(f"{path} holds {holds}, which this result would replace; choose another --out")
 
 
+def replace_result(
+    out: Path, result: Mapping[str, Any], *, stage: str, config: Mapping[str, Any], parents: Mapping[str, Path]
+) -> None:
+    """Put a finished stage whose artefact is the JSON ``result`` in the place of an older one, whole or not at all."""
+    with atomic.replacing_directory(out) as folder:
+        writer = StageWriter.create(folder, stage=stage, config=config, parents=parents)
+        atomic.write_json(folder / STAGES[stage], result)
+        writer.finish()
+
+
 def find(path: str | os.PathLike[str], stage: str) -> Path:
     """The directory of ``stage`` at ``path``: itself, or the one of that kind in a workspace such as ``runs/demo``.
 

@@ -52,8 +52,8 @@ def run_evaluation(
     device: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate, publish eval.json, and return its content."""
-    from saelab import atomic, rundir
     from saelab import config as configs
+    from saelab import rundir
     from saelab.evals.reconstruction import evaluate, report
 
     sae_path = rundir.find(run, "sae")
@@ -63,15 +63,8 @@ def run_evaluation(
     with progress_bar("eval") as progress:
         evaluation = evaluate(sae, store, model, settings, progress=progress)
     result = report(evaluation)
-    with atomic.replacing_directory(out) as folder:
-        stage = rundir.StageWriter.create(
-            folder,
-            stage="eval",
-            config=configs.to_mapping(settings),
-            parents={"sae": sae_path, "activations": store.path},
-        )
-        atomic.write_json(folder / "eval.json", result)
-        stage.finish()
+    parents = {"sae": sae_path, "activations": store.path}
+    rundir.replace_result(out, result, stage="eval", config=configs.to_mapping(settings), parents=parents)
     say(f"written to {out}")
     return result
 

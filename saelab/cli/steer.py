@@ -149,8 +149,8 @@ def run_record(
     run: Path, n_features: int, settings: RecordConfig, *, out: Path | None = None, device: str | None = None
 ) -> dict[str, Any]:
     """Measure the most token-specific features of the index, publish steer.json, and return its content."""
-    from saelab import atomic, rundir
     from saelab import config as configs
+    from saelab import rundir
     from saelab.features.index import FeatureIndex
     from saelab.interp.steering_record import steering_record
     from saelab.sae.io import load_sae
@@ -180,12 +180,8 @@ def run_record(
             for effect in record.effects
         ],
     }
-    with atomic.replacing_directory(out) as folder:
-        stage = rundir.StageWriter.create(
-            folder, stage="steer", config=configs.to_mapping(settings), parents={"sae": sae_path, "index": index.path}
-        )
-        atomic.write_json(folder / "steer.json", result)
-        stage.finish()
+    parents = {"sae": sae_path, "index": index.path}
+    rundir.replace_result(out, result, stage="steer", config=configs.to_mapping(settings), parents=parents)
     say(f"written to {out}")
     return result
 

@@ -6,7 +6,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelab.errors import ConfigError
 from saelab.sae.base import SAE
+
+
+def check_settings(*, d_sae: int, k: int, aux_coefficient: float, k_aux: int | None) -> None:
+    """What every architecture that keeps k features and revives the others asks of its settings.
+
+    Raises:
+        ConfigError: k outside 1..d_sae, a negative coefficient, or fewer than one dead feature a token.
+    """
+    if not 1 <= k <= d_sae:
+        raise ConfigError(f"k must be between 1 and d_sae={d_sae}, got {k}; lower k or raise d_sae")
+    if aux_coefficient < 0:
+        raise ConfigError(f"aux_coefficient must not be negative, got {aux_coefficient}; usual is 1/32")
+    if k_aux is not None and k_aux < 1:
+        raise ConfigError(f"k_aux must be at least 1, got {k_aux}; leave it out for d_in / 2")
 
 
 def auxk_loss(

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.errors import ConfigError
-from saelab.sae.auxk import auxk_loss
+from saelab.sae.auxk import auxk_loss, check_settings
 from saelab.sae.base import SAE, SAELoss
 from saelab.sae.jumprelu import JumpReLU, JumpReLUConfig, jump_relu
 
@@ -35,12 +35,7 @@ class BatchTopKConfig:
     """How much of the inference threshold stays at each step; the rest comes from the step's batch."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.d_sae:
-            raise ConfigError(f"k must be between 1 and d_sae={self.d_sae}, got {self.k}; lower k or raise d_sae")
-        if self.aux_coefficient < 0:
-            raise ConfigError(f"aux_coefficient must not be negative, got {self.aux_coefficient}; usual is 1/32")
-        if self.k_aux is not None and self.k_aux < 1:
-            raise ConfigError(f"k_aux must be at least 1, got {self.k_aux}; leave it out for d_in / 2")
+        check_settings(d_sae=self.d_sae, k=self.k, aux_coefficient=self.aux_coefficient, k_aux=self.k_aux)
         if not 0 <= self.threshold_momentum < 1:
             raise ConfigError(
                 f"threshold_momentum must be at least 0 and below 1, got {self.threshold_momentum}; "

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.errors import ConfigError
-from saelab.sae.auxk import auxk_loss
+from saelab.sae.auxk import auxk_loss, check_settings
 from saelab.sae.base import SAE, SAELoss, SparseActs, SparseCodes
 from saelab_kernels import Autoencoded, autoencode_topk, encode_topk, sparse_decode
 
@@ -29,12 +28,7 @@ class TopKConfig:
     """Dead features used for each token in the auxiliary loss. Off: half the width of the input."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.d_sae:
-            raise ConfigError(f"k must be between 1 and d_sae={self.d_sae}, got {self.k}; lower k or raise d_sae")
-        if self.aux_coefficient < 0:
-            raise ConfigError(f"aux_coefficient must not be negative, got {self.aux_coefficient}; usual is 1/32")
-        if self.k_aux is not None and self.k_aux < 1:
-            raise ConfigError(f"k_aux must be at least 1, got {self.k_aux}; leave it out for d_in / 2")
+        check_settings(d_sae=self.d_sae, k=self.k, aux_coefficient=self.aux_coefficient, k_aux=self.k_aux)
 
 
 class TopK(SAE):
