@@ -1,7 +1,7 @@
 """Which implementation runs, and why.
 
-``SAELAB_KERNELS`` chooses: ``auto`` (default), ``reference`` (dense torch, the definition), ``cpu`` (the tuned path).
-It is read at every call, so a test or a notebook can switch within one process.
+``SAELAB_KERNELS`` chooses: ``auto`` (default), ``reference`` (dense torch, the definition), ``cpu`` (tuned torch),
+``fused`` (Triton). It is read at every call, so a test or a notebook can switch within one process.
 """
 
 from __future__ import annotations
@@ -15,40 +15,62 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saelab_kernels import compiled
+
 _log = logging.getLogger(__name__)
 
-PATHS = ("auto", "reference", "cpu")
+PATHS = ("auto", "reference", "cpu", "fused")
 
-#: On a CPU the sparse path wins while k is at most this share of F (measured: see kernels/README.md).
-MAX_ACTIVE_SHARE = 1 / 8
+#: The sparse path wins while k is at most this share of F: measured on a CPU; on a GPU what gathering k rows costs
+#: beside a dense product at 790 TFLOP/s and 4.3 TB/s (both: kernels/README.md).
+MAX_ACTIVE_SHARE = {"cpu": 1 / 8, "cuda": 1 / 184}
 
 
 class Choice(NamedTuple):
-    """What was chosen ("reference", "cpu"; "bfloat16", "float32") and the reason in words."""
+    """What was chosen ("reference", "cpu", "fused"; "bfloat16", "float32") and the reason in words."""
 
     name: str
     reason: str
 
 
-def choose(device: torch.device, *, n_features: int, k: int) -> Choice:
+def choose(device: torch.device, *, n_features: int, k: int, gathers: bool = True) -> Choice:
     """The path for tensors on ``device`` with k of ``n_features`` features active for each token.
 
+    ``gathers``: whether the operation reads k rows of a weight matrix for each token, which a GPU does worth its while
+    only where k is a small share of the features.
+
     Raises:
-        ValueError: SAELAB_KERNELS names no path, or the CPU path for tensors that are elsewhere.
+        ValueError: SAELAB_KERNELS names no path, or one that cannot run on these tensors in this process.
     """
     asked = os.environ.get("SAELAB_KERNELS", "auto")
     if asked not in PATHS:
         raise ValueError(f"SAELAB_KERNELS must be one of {', '.join(PATHS)}, got {asked!r}; unset it for auto")
     if asked == "cpu" and device.type != "cpu":
         raise ValueError(f"SAELAB_KERNELS=cpu, but the tensors are on {device}; unset it or move them to the CPU")
+    if asked == "fused":
+        reason = compiled.unavailable()
+        if reason is None and device.type == "cpu" and not compiled.INTERPRETED:
+            reason = "the tensors are on the CPU; move them to the GPU"
+        if reason:
+            raise ValueError(f"SAELAB_KERNELS=fused, but {reason}; or unset it")
     if asked != "auto":
         return Choice(asked, f"SAELAB_KERNELS={asked}")
-    if device.type != "cpu":
+    if device.type not in MAX_ACTIVE_SHARE:
         return _stated(Choice("reference", f"there is no tuned path for {device.type}"))
-    if k > MAX_ACTIVE_SHARE * n_features:
-        reason = f"k={k} is more than {MAX_ACTIVE_SHARE:g} of {n_features} features: dense is faster"
+    share = MAX_ACTIVE_SHARE[device.type]
+    if gathers and k > share * n_features:
+        reason = f"k={k} is more than 1/{1 / share:g} of {n_features} features: dense is faster"
         return _stated(Choice("reference", reason))
-    return Choice("cpu", "the tensors are on the CPU and few features are active")
+    if device.type == "cpu":
+        return Choice("cpu", "the tensors are on the CPU and few features are active")
+    if reason := compiled.unavailable():
+        return _stated(Choice("reference", reason))
+    return Choice("fused", "the tensors are on a GPU and few features are active")
+
+
+def strict() -> bool:
+    """Whether a path was asked for by name, so that nothing may stand in for it."""
+    return os.environ.get("SAELAB_KERNELS", "auto") != "auto"
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,6 +104,6 @@ def _stated(choice: Choice) -> Choice:
     return choice
 
 
-def path_for(weights: Tensor, k: int) -> str:
+def path_for(weights: Tensor, k: int, *, gathers: bool = True) -> str:
     """Name of the path for feature-major ``weights`` [F, d] and k active features."""
-    return choose(weights.device, n_features=len(weights), k=k).name
+    return choose(weights.device, n_features=len(weights), k=k, gathers=gathers).name

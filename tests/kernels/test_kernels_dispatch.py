@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelab_kernels import candidate_gemm, choose, dispatch
+from saelab_kernels import candidate_gemm, choose, compiled, dispatch
 
 CPU = torch.device("cpu")
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -35,12 +35,49 @@ def test_the_choice_follows_the_environment_and_the_shape(asked, n_features, k, 
 def test_without_a_setting_the_choice_is_automatic(monkeypatch):
     monkeypatch.delenv("SAELAB_KERNELS", raising=False)
     assert choose(CPU, n_features=4608, k=32).name == "cpu"
-    assert choose(torch.device("cuda"), n_features=4608, k=32) == ("reference", "there is no tuned path for cuda")
+    assert choose(torch.device("meta"), n_features=4608, k=32) == ("reference", "there is no tuned path for meta")
+
+
+def test_on_a_gpu_the_fused_kernels_gather_only_where_few_features_are_active(monkeypatch):
+    monkeypatch.delenv("SAELAB_KERNELS", raising=False)
+    monkeypatch.setattr(compiled, "unavailable", lambda: None)
+    gpu = torch.device("cuda")
+    assert choose(gpu, n_features=65536, k=64).name == "fused"
+    assert choose(gpu, n_features=4608, k=64).name == "reference"
+    assert choose(gpu, n_features=4608, k=64, gathers=False).name == "fused"
+
+
+def test_fused_kernels_that_cannot_run_here_are_refused_by_name_and_replaced_by_auto(monkeypatch):
+    monkeypatch.setattr(compiled, "unavailable", lambda: "there is no CUDA device")
+    monkeypatch.delenv("SAELAB_KERNELS", raising=False)
+    assert choose(torch.device("cuda"), n_features=65536, k=64) == ("reference", "there is no CUDA device")
+    monkeypatch.setenv("SAELAB_KERNELS", "fused")
+    with pytest.raises(ValueError, match="SAELAB_KERNELS=fused, but there is no CUDA device"):
+        choose(CPU, n_features=65536, k=64)
+
+
+def test_a_kernel_that_does_not_compile_is_replaced_once_and_said(monkeypatch, caplog):
+    errors = pytest.importorskip("triton.runtime.errors")
+    monkeypatch.setattr(compiled, "_failed", {})
+    attempts = []
+
+    def fails() -> str:
+        attempts.append(1)
+        raise errors.OutOfResources(300_000, 228_000, "shared memory")
+
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert compiled.or_else("encode_emit", fails, lambda: "torch", strict=False) == "torch"
+    assert len(attempts) == 1
+    assert [record.message for record in caplog.records if "encode_emit" in record.message]
+    assert len(caplog.records) == 1
+    with pytest.raises(errors.OutOfResources):
+        compiled.or_else("encode_emit", fails, lambda: "torch", strict=True)
 
 
 def test_an_unknown_path_and_the_cpu_path_for_another_device_are_refused(monkeypatch):
     monkeypatch.setenv("SAELAB_KERNELS", "fast")
-    with pytest.raises(ValueError, match="must be one of auto, reference, cpu, got 'fast'"):
+    with pytest.raises(ValueError, match="must be one of auto, reference, cpu, fused, got 'fast'"):
         choose(CPU, n_features=4608, k=32)
     monkeypatch.setenv("SAELAB_KERNELS", "cpu")
     with pytest.raises(ValueError, match="the tensors are on cuda"):
