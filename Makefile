@@ -1,4 +1,4 @@
-# Each target creates and uses .venv; nothing else needs to be installed.   make demo | make test | make check | make bench
+# Each target but test-gpu creates and uses .venv; nothing else needs to be installed.   make demo | make test | make check | make bench
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,16 +7,29 @@ PORT   ?= 8501
 # Without a GPU pip must be told which torch to take, or it fetches gigabytes of CUDA; constraints.txt does that.
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-real test-browser test-peer check bench clean
+# Triton decides at its import whether kernels are interpreted, so these tests have a process of their own.
+INTERPRETED_TESTS = TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "fused and not gpu and not slow" tests/kernels
+
+.PHONY: demo test test-kernels test-gpu test-slow test-real test-browser test-peer check bench clean
 
 demo: $(STAMP)
 	$(BIN)/saelab demo --out runs/demo --port $(PORT) $(if $(filter 0,$(SERVE)),--no-serve)
 
 test: $(STAMP)
-	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "not slow and not gpu and not peer and not network and not real"
+	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "not slow and not gpu and not fused and not peer and not network and not real"
+	$(INTERPRETED_TESTS)
+
+# Triton kernels without a GPU: run by the interpreter, and compiled for two GPUs
+test-kernels: $(STAMP)
+	$(INTERPRETED_TESTS)
+	$(BIN)/python -m pytest tests/kernels/test_kernels_compile.py
+
+# for a machine with a GPU, where torch, triton, numpy and pytest are enough: hence no .venv and none of its plugins
+test-gpu:
+	$(PYTHON) -m pytest -o addopts="--strict-markers -ra" -m "gpu or fused" tests/kernels
 
 test-slow: $(STAMP)
-	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "slow"
+	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "slow and not gpu and not fused"
 
 test-real: $(STAMP)
 	$(BIN)/python -m pytest -m "real" -s

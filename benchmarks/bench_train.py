@@ -1,87 +1,228 @@
-"""One training step of a TopK SAE on the CPU: the sparse path against dense torch, after checking that they agree.
+"""A whole training step of a TopK SAE with AuxK, 5 % of the features dead: all contenders in alternating rounds.
 
-usage: python -m benchmarks.bench_train [--rounds N]
+The same initial weights, tokens, dead features and optimiser settings for all. Peers run in a process of their own and
+time their own step; they are asked for one at a time, so every contender meets the same moments of the machine.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
+import contextlib
+import gc
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from benchmarks.timing import publish, side_by_side
+from benchmarks import eager, gates
+from benchmarks.floors import Floors, measured_ceilings
+from benchmarks.memory import peak_bytes
+from benchmarks.peers.client import Peer, PeerError
+from benchmarks.problem import Problem, planted_problem
+from benchmarks.shapes import Shape
+from benchmarks.timing import Timer, side_by_side, timer
 
-#: tokens, width, features, active features
-SHAPES = ((2048, 576, 4608, 32), (1024, 768, 16384, 64))
-
-
-def step_of(path: str, acts: torch.Tensor, d_sae: int, k: int):
-    """A function that makes one whole step (forward, backward, clip, Adam, unit norm) on a path, and its SAE."""
-    from saelab.sae.architectures import new_sae
-    from saelab.sae.topk import TopKConfig
-    from saelab.train.optim import OptimConfig, adam
-
-    sae = new_sae(TopKConfig(d_sae=d_sae, k=k), d_in=acts.shape[1], generator=torch.Generator().manual_seed(0))
-    optimizer = adam(sae, OptimConfig(lr=1e-3))
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
-    dead = torch.zeros(d_sae, dtype=torch.bool)
-
-    def step() -> None:
-        os.environ["SAELAB_KERNELS"] = path
-        losses = sae.training_loss(acts, dead=dead)
-        losses.total.backward()
-        sae.project_decoder_grad_()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        sae.normalise_decoder_()
-
-    return step, sae
+#: Largest relative difference of the weights from those of the dense float32 step, after one step from the same weights.
+#: A step of Adam changes weights by about lr whatever the gradient, so this is far below the step itself (1e-2).
+LARGEST_DIFFERENCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 
-def check_agreement(acts: torch.Tensor, d_sae: int, k: int) -> float:
-    """Relative difference of the weights after one step on either path; refuse to time if it is not rounding."""
-    results = []
-    for path in ("cpu", "reference"):
-        step, sae = step_of(path, acts, d_sae, k)
-        step()
-        results.append(torch.cat([p.detach().flatten() for p in sae.parameters()]))
-    difference = float((results[0] - results[1]).norm() / results[1].norm())
-    if not difference < 1e-4:
-        raise SystemExit(f"the two paths differ by {difference:.1e} after one step, so their speed means nothing")
-    return difference
+class Step(Protocol):
+    """A contender in this process."""
+
+    @property
+    def weights(self) -> eager.Weights: ...
+
+    def step(self, x: Tensor) -> None: ...
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    rows = []
-    for n, d_in, d_sae, k in SHAPES:
-        acts = torch.randn(n, d_in, generator=torch.Generator().manual_seed(1))
-        difference = check_agreement(acts, d_sae, k)
-        steps = {path: step_of(path, acts, d_sae, k)[0] for path in ("cpu", "reference")}
-        timings = side_by_side(steps, rounds=rounds)
-        ratio = timings["reference"].median_ms / timings["cpu"].median_ms
-        rows.append(
-            {
-                "tokens": n,
-                "d_in": d_in,
-                "d_sae": d_sae,
-                "k": k,
-                "relative_difference": difference,
-                "speedup": round(ratio, 2),
-                **{path: timing._asdict() for path, timing in timings.items()},
+def ours(problem: Problem) -> dict[str, Callable[[], Step]]:
+    """Our step: as saelab's loop makes it where saelab is installed, and from the kernels alone."""
+    from benchmarks.ours import Kernels, Loop
+
+    return {
+        "saelab": lambda: Loop(problem),
+        "saelab_kernels": lambda: Kernels(problem),
+        "saelab_kernels unclipped": lambda: Kernels(problem, clip_norm=None),
+    }
+
+
+def in_torch(problem: Problem) -> dict[str, Callable[[], Step]]:
+    """The step in plain torch, in four ways and compiled."""
+    return {
+        "torch dense float32": lambda: eager.Dense(problem),
+        "torch dense bfloat16": lambda: eager.Dense(problem, torch.bfloat16),
+        "torch.compile dense float32": lambda: _compiled(problem, torch.float32),
+        "torch.compile dense bfloat16": lambda: _compiled(problem, torch.bfloat16),
+        "torch sparse float32": lambda: eager.Sparse(problem),
+        "torch sparse bfloat16": lambda: eager.Sparse(problem, torch.bfloat16),
+    }
+
+
+def _compiled(problem: Problem, precision: torch.dtype) -> Step:
+    if reason := eager.why_not_compiled(problem.device):
+        raise NotImplementedError(reason)
+    return eager.Dense(problem, precision, compiled=True)
+
+
+def run(
+    shapes: tuple[Shape, ...],
+    *,
+    device: str,
+    rounds: int,
+    peers: tuple[str, ...] = (),
+    peer_python: Path | None = None,
+    only: tuple[str, ...] | None = None,
+    smoke: bool = False,
+) -> list[dict[str, Any]]:
+    """One row a shape.
+
+    Raises:
+        GateError: interpreted kernels, no such device, or none of our steps agrees with the dense one.
+    """
+    gates.refuse_interpreted()
+    gates.refuse_unknown_device(device)
+    return [
+        _row(shape, device, rounds=rounds, peers=peers, peer_python=peer_python, only=only, smoke=smoke)
+        for shape in shapes
+    ]
+
+
+def _row(
+    shape: Shape,
+    device: str,
+    *,
+    rounds: int,
+    peers: tuple[str, ...],
+    peer_python: Path | None,
+    only: tuple[str, ...] | None,
+    smoke: bool,
+) -> dict[str, Any]:
+    problem = planted_problem(shape, device)
+    ceilings = measured_ceilings(shape, device, smoke=smoke)
+    floor = Floors(shape, ceilings, weight_bytes=2 if device == "cuda" else 4).whole_step()
+    wanted = {
+        name: build
+        for name, build in {**ours(problem), **in_torch(problem)}.items()
+        if only is None or name in only or name in ours(problem)
+    }
+    steps, notes, differences = admitted(problem, wanted)
+    with contextlib.ExitStack() as stack:
+        remote: dict[str, Peer] = {}
+        for name in peers:
+            try:
+                if peer_python is None:
+                    raise PeerError("no environment with peers here; make bench-peers makes one")
+                remote[name] = stack.enter_context(Peer(name, problem, peer_python))
+                remote[name].seconds(0)
+            except PeerError as error:
+                notes[name] = str(error)
+                remote.pop(name, None)
+        timers = {name: _on_batches(problem, step) for name, step in steps.items()}
+        timers |= {name: _remote_on_batches(peer) for name, peer in remote.items()}
+        timings = side_by_side(timers, rounds=rounds)
+        contenders: dict[str, dict[str, Any]] = {}
+        x = problem.batch(0)
+        for name, timing in timings.items():
+            step = steps.get(name)
+            peak = peak_bytes(lambda step=step: step.step(x), device) if step else remote[name].peak_bytes(0)
+            contenders[name] = {
+                **timing._asdict(),
+                "tokens_per_second": round(1000 * shape.tokens / timing.median_ms),
+                "peak_bytes": peak,
+                "over_floor": round(timing.median_ms / floor.ms, 2),
+                "held_out_error": eager.held_out_error(step.weights, problem) if step else remote[name].held_out_error(),
+                "difference_after_one_step": differences.get(name),
+                "version": remote[name].version if name in remote else None,
             }
-        )
-        print(
-            f"{n} x {d_in} x {d_sae}, k={k}: sparse {timings['cpu'].median_ms:.0f} ms, "
-            f"dense {timings['reference'].median_ms:.0f} ms, {ratio:.1f}x"
-        )
-    print(f"written to {publish('train_step_cpu', rows)}")
+    for name, numbers in contenders.items():
+        print(f"{shape}  {name:30} {numbers['median_ms']:9.1f} ms  {numbers['over_floor']:6.2f} x floor")
+    for name, note in notes.items():
+        print(f"{shape}  {name:30} not timed: {note}")
+    return {
+        "shape": shape._asdict(),
+        "n_dead": shape.n_dead,
+        "ceilings": ceilings._asdict(),
+        "floor_ms": round(floor.ms, 3),
+        "floor_terms_ms": {name: round(ms, 3) for name, ms in floor.terms.items()},
+        "contenders": contenders,
+        "not_timed": notes,
+    }
 
 
-if __name__ == "__main__":
-    main()
+def admitted(
+    problem: Problem, wanted: Mapping[str, Callable[[], Step]]
+) -> tuple[dict[str, Step], dict[str, str], dict[str, float]]:
+    """The contenders that may be timed, why the others may not, and how far each is from the dense step.
+
+    Ours must agree with the dense step in float32. The others are only asked to run: a step with a bfloat16 product
+    chooses other features now and then, and what it learns is told by its held-out error.
+
+    Raises:
+        GateError: none of ours agrees.
+    """
+    x = problem.batch(0)
+    dense = eager.Dense(problem)
+    dense.step(x)
+    expected = [weight.detach().clone() for weight in dense.weights]
+    del dense
+    steps: dict[str, Step] = {}
+    notes: dict[str, str] = {}
+    differences: dict[str, float] = {}
+    for name, build in wanted.items():
+        try:
+            step = build()
+            step.step(x)
+        except (ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
+            notes[name] = str(error).splitlines()[0]
+            _release(problem.device)
+            continue
+        differences[name] = _difference(step.weights, expected)
+        if name.startswith("saelab") and not differences[name] <= LARGEST_DIFFERENCE[problem.device]:
+            notes[name] = f"its weights differ by {differences[name]:.1e} from the dense step's after one step"
+            continue
+        steps[name] = step
+    if not any(name.startswith("saelab") for name in steps):
+        reasons = "; ".join(f"{name}: {note}" for name, note in notes.items() if name.startswith("saelab"))
+        raise gates.GateError(f"{problem.shape}: none of our steps may be timed ({reasons})")
+    return steps, notes, differences
+
+
+@torch.no_grad()
+def _difference(weights: eager.Weights, expected: list[Tensor]) -> float:
+    square = sum(float((found - wanted).double().pow(2).sum()) for found, wanted in zip(weights, expected, strict=True))
+    norm = sum(float(wanted.double().pow(2).sum()) for wanted in expected)
+    ratio = math.sqrt(square / norm)
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def _on_batches(problem: Problem, step: Step) -> Timer:
+    """Times a step on the next batch; reading the batch is not part of it."""
+    index = 0
+
+    def seconds() -> float:
+        nonlocal index
+        x = problem.batch(index)
+        index += 1
+        return timer(lambda: step.step(x), problem.device)()
+
+    return seconds
+
+
+def _remote_on_batches(peer: Peer) -> Timer:
+    index = 0
+
+    def seconds() -> float:
+        nonlocal index
+        index += 1
+        return peer.seconds(index - 1)
+
+    return seconds
+
+
+def _release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()

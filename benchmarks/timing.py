@@ -1,76 +1,72 @@
-"""How things are timed here: alternating runs of all contenders in one process, medians and spread, a JSON record."""
+"""How things are timed: contenders in turn, round after round, so that a busy moment of the machine hits them alike."""
 
 from __future__ import annotations
 
-import json
-import platform
+import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+#: A timer makes one run and says how many seconds it took.
+Timer = Callable[[], float]
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one call: the median, and the 20 % and 80 % quantiles."""
+    """Milliseconds of one run: the median, and the 20 % and 80 % percentiles."""
 
     median_ms: float
     low_ms: float
     high_ms: float
 
 
-def side_by_side(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2
-) -> dict[str, Timing]:
-    """Time all contenders in turn, round after round, so that a busy moment of the machine hits them alike."""
+def timer(run: Callable[[], object], device: str) -> Timer:
+    """The timer of a function that works on a device ("cpu", "cuda")."""
+    return functools.partial(_cuda_seconds if device == "cuda" else _wall_seconds, run)
+
+
+def side_by_side(timers: Mapping[str, Timer], *, rounds: int, warmup: int = 2) -> dict[str, Timing]:
+    """Time all contenders alternately."""
     for _ in range(warmup):
-        for contender in contenders.values():
-            contender()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for run in timers.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: _timing(values) for name, values in seconds.items()}
+        for name, run in timers.items():
+            seconds[name].append(run())
+    return {name: summary(values) for name, values in seconds.items()}
 
 
-def _timing(seconds: list[float]) -> Timing:
-    fifths = statistics.quantiles(seconds, n=5)
-    return Timing(*(round(1000 * value, 2) for value in (statistics.median(seconds), fifths[0], fifths[3])))
+def summary(seconds: list[float]) -> Timing:
+    """Median and spread of some runs; of a single run, three times that."""
+    if len(seconds) == 1:
+        return Timing(*[round(1000 * seconds[0], 4)] * 3)
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return Timing(*(round(1000 * value, 4) for value in (statistics.median(seconds), fifths[0], fifths[3])))
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what a timing was taken."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "",
-    )
-    return {
-        "cpu": cpu or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": metadata.version("triton"),
-        "saelab": metadata.version("saelab"),
-        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
-    }
+def _wall_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
-def publish(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write ``results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    return path
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    """Seconds between two events around ``run``, with an L2 cache that holds nothing of the run before."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # The flush also keeps the device busy while Python queues the first kernels, so launches do not count as work
+    # unless the device has to wait for them, as it would in training.
+    _flush_buffer().zero_()
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000
+
+
+@functools.lru_cache(maxsize=1)
+def _flush_buffer() -> torch.Tensor:
+    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.uint8, device="cuda")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.errors import ConfigError
 from saelab.sae.base import SAE
+from saelab_kernels.revive import aux_loss
 
 
 def check_settings(*, d_sae: int, k: int, aux_coefficient: float, k_aux: int | None) -> None:
@@ -35,19 +35,10 @@ def auxk_loss(
     """Share of the variance of ``residual`` that the ``k_aux`` largest dead features of each token do not explain.
 
     sum |residual - recon_of_dead|^2 / sum |residual - mean(residual)|^2, after Gao et al. 2024, arXiv 2406.04093, A.2.
-    0 when nothing is dead. Its gradient reaches the dead rows alone: ``residual`` and b_dec count as constants.
+    0 when nothing is dead. Its gradient reaches the dead rows alone: all but the weights counts as constant.
     """
     rows = dead.nonzero().flatten() if dead is not None else None
     if rows is None or not len(rows):
         return acts.new_zeros(())
-    residual = residual.detach()
     centred = acts - sae.b_dec.detach()
-    # the dead rows packed into a small dictionary, so that dense products cost what they should
-    pre_acts = centred @ sae.encoder[rows].T + sae.b_enc[rows]
-    feature_acts = pre_acts.relu()
-    if k_aux < len(rows):
-        top = feature_acts.topk(k_aux, dim=1, sorted=False)
-        feature_acts = torch.zeros_like(feature_acts).scatter(1, top.indices, top.values)
-    unexplained = (feature_acts @ sae.W_dec[rows] - residual).pow(2).sum()
-    variance = (residual - residual.mean(0)).pow(2).sum()
-    return unexplained / variance.clamp_min(torch.finfo(acts.dtype).tiny)
+    return aux_loss(rows, residual, centred, sae.encoder, sae.b_enc, sae.W_dec, k_aux)

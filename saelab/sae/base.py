@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saelab.errors import ConfigError, ShapeError
+from saelab_kernels import Layer, SparseGrads, encode_above
 
 
 @runtime_checkable
@@ -32,6 +33,13 @@ class SAELoss(NamedTuple):
     aux: Float[Tensor, ""]  # its coefficient included
     fired: Bool[Tensor, " d_sae"]  # features active on at least one token
     l0: Float[Tensor, ""]  # active features per token
+
+
+class TrainingGradient(NamedTuple):
+    """The losses of a batch and the gradient of their total, in the factors that ``feature_step`` takes."""
+
+    losses: SAELoss
+    sparse: SparseGrads
 
 
 class SparseActs(NamedTuple):
@@ -145,6 +153,10 @@ class SAE(nn.Module):
     @torch.no_grad()
     def sparse_codes(self, acts: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """The active features of each row. NaN counts as active, so that it does not vanish."""
+        floor = self.activation_floor()
+        if floor is not None:
+            active = encode_above(self._checked(acts) - self.b_dec, self.encoder, self.b_enc, floor)
+            return SparseCodes(active.tokens, active.features, active.acts)
         feature_acts = self.encode(acts)
         rows, features = feature_acts.nonzero(as_tuple=True)
         return SparseCodes(rows, features, feature_acts[rows, features])
@@ -160,6 +172,18 @@ class SAE(nn.Module):
         raise ConfigError(
             f"an SAE of architecture {self.cfg.arch!r} is for inference only; train one of relu, topk, batchtopk"
         )
+
+    def training_gradient(
+        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+    ) -> TrainingGradient | None:
+        """The losses of ``training_loss`` with their gradient, computed without autograd and without [d_sae, d_in]
+        tensors. None for an architecture whose gradient is dense, so that there is nothing to gain."""
+        return None
+
+    @property
+    def layer(self) -> Layer:
+        """The weights as the kernels take them: feature-major, sharing memory with the parameters."""
+        return Layer(self.encoder.detach(), self.W_dec.detach(), self.b_enc.detach(), self.b_dec.detach())
 
     def feature(self, index: int) -> Feature:
         """One feature of this SAE, for steering and reading.
@@ -196,6 +220,11 @@ class SAE(nn.Module):
         # through float64, so that each weight is rounded once
         self.b_enc.copy_(self.b_enc.double() / scale)
         self.b_dec.copy_(mean.double() + self.b_dec.double() / scale)
+
+    def activation_floor(self) -> Float[Tensor, " d_sae"] | None:
+        """The value that a feature's pre-activation passes whole if it exceeds it and is cut to 0 otherwise; None for
+        an architecture whose features do not work one by one."""
+        return None
 
     def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         raise NotImplementedError

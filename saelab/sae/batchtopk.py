@@ -15,8 +15,10 @@ from torch import Tensor
 
 from saelab.errors import ConfigError
 from saelab.sae.auxk import auxk_loss, check_settings
-from saelab.sae.base import SAE, SAELoss
+from saelab.sae.base import SAE, SAELoss, TrainingGradient
+from saelab.sae.gradient import with_auxk
 from saelab.sae.jumprelu import JumpReLU, JumpReLUConfig, jump_relu
+from saelab_kernels import batchtopk_gradient, encode_batchtopk, ragged_decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +61,33 @@ class BatchTopK(SAE):
         self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
     ) -> SAELoss:
         """Squared error divided by d_in, plus the auxiliary loss for ``dead`` features; updates the threshold."""
-        feature_acts = keep_largest(self.pre_acts(acts).relu(), n_kept=self.cfg.k * len(acts))
-        self._update_threshold(feature_acts.detach())
-        error = self.decode(feature_acts) - acts
+        acts = self._checked(acts)
+        active = encode_batchtopk(acts - self.b_dec, self.encoder, self.b_enc, self.cfg.k)
+        self._update_threshold(active.acts.detach())
+        error = ragged_decode(active, self.W_dec, self.b_dec) - acts
         reconstruction = error.pow(2).mean()
         k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
         revived = dead if self.cfg.aux_coefficient else None
         aux = self.cfg.aux_coefficient * auxk_loss(self, acts, -error, revived, k_aux=k_aux)
-        active = feature_acts.detach() > 0
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=acts.device)
+        fired[active.features] = True
         return SAELoss(
             total=reconstruction + aux,
             reconstruction=reconstruction.detach(),
             sparsity=torch.zeros_like(reconstruction.detach()),
             aux=aux.detach(),
-            fired=active.any(0),
-            l0=active.sum(dtype=acts.dtype) / len(acts),
+            fired=fired,
+            l0=acts.new_tensor(len(active.features) / len(acts)),
         )
+
+    def training_gradient(
+        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+    ) -> TrainingGradient:
+        """``training_loss`` and its gradient; updates the threshold as well."""
+        acts = self._checked(acts)
+        gradient = batchtopk_gradient(acts, self.layer, self.cfg.k)
+        self._update_threshold(gradient.acts)
+        return with_auxk(self, gradient, dead, aux_coefficient=self.cfg.aux_coefficient, k_aux=self.cfg.k_aux)
 
     @torch.no_grad()
     def fold_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
@@ -92,21 +105,17 @@ class BatchTopK(SAE):
         twin.metadata = self.metadata
         return twin
 
+    def activation_floor(self) -> Float[Tensor, " d_sae"]:
+        """The one threshold of all features, 0 where it is negative."""
+        return self.threshold.clamp_min(0).expand(self.d_sae)
+
     def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         return jump_relu(pre_acts, self.threshold)
 
     @torch.no_grad()
-    def _update_threshold(self, feature_acts: Float[Tensor, "batch d_sae"]) -> None:
+    def _update_threshold(self, kept: Float[Tensor, " kept"]) -> None:
         """Running mean of the smallest kept activation; the first batch sets it, a batch without any leaves it."""
-        smallest = feature_acts.where(feature_acts > 0, torch.inf).min()
-        if torch.isfinite(smallest):
+        if len(kept) and torch.isfinite(smallest := kept.min()):
             momentum = self.cfg.threshold_momentum if self.n_updates else 0.0
             self.threshold.lerp_(smallest.to(self.threshold.dtype), 1 - momentum)
             self.n_updates += 1
-
-
-def keep_largest(values: Float[Tensor, "batch d_sae"], *, n_kept: int) -> Float[Tensor, "batch d_sae"]:
-    """``values`` with all but the ``n_kept`` largest of the batch set to 0; equals of the smallest kept stay too."""
-    flat = values.detach().flatten()
-    smallest = flat.kthvalue(flat.numel() - n_kept + 1).values
-    return values * (values >= smallest)

@@ -41,6 +41,10 @@ class JumpReLU(SAE):
         super().fold_(mean, scale)
         self.threshold.copy_(self.threshold.double() / scale)
 
+    def activation_floor(self) -> Float[Tensor, " d_sae"]:
+        """The threshold, 0 where it is negative."""
+        return self.threshold.detach().clamp_min(0)
+
     def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         return jump_relu(pre_acts, self.threshold)
 

@@ -85,5 +85,9 @@ class ReLU(SAE):
             self.b_enc.mul_(norms)
             super().normalise_decoder_()
 
+    def activation_floor(self) -> Float[Tensor, " d_sae"]:
+        """0 for every feature."""
+        return self.b_enc.new_zeros(self.d_sae)
+
     def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         return pre_acts.relu()

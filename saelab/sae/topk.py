@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.sae.auxk import auxk_loss, check_settings
-from saelab.sae.base import SAE, SAELoss, SparseActs, SparseCodes
-from saelab_kernels import Autoencoded, autoencode_topk, encode_topk, sparse_decode
+from saelab.sae.base import SAE, SAELoss, SparseActs, SparseCodes, TrainingGradient
+from saelab.sae.gradient import with_auxk
+from saelab_kernels import Autoencoded, autoencode_topk, encode_topk, sparse_decode, topk_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,14 @@ class TopK(SAE):
             fired=fired,
             l0=active.sum(dtype=acts.dtype) / len(acts),
         )
+
+    def training_gradient(
+        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+    ) -> TrainingGradient:
+        """``training_loss`` and its gradient."""
+        acts = self._checked(acts)
+        gradient = topk_gradient(acts, self.layer, self.cfg.k)
+        return with_auxk(self, gradient, dead, aux_coefficient=self.cfg.aux_coefficient, k_aux=self.cfg.k_aux)
 
     def _autoencode(self, acts: Float[Tensor, "batch d_in"]) -> Autoencoded:
         return autoencode_topk(acts, self.encoder, self.b_enc, self.W_dec, self.b_dec, self.cfg.k)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab import config as configs
@@ -26,8 +26,10 @@ from saelab.sae.io import save_sae
 from saelab.sae.relu import ReLUConfig
 from saelab.sae.topk import TopKConfig
 from saelab.train.dead import DeadFeatures
+from saelab.train.fused import fused_step_
 from saelab.train.optim import OptimConfig, adam, restore_state_, state_tensors
 from saelab.train.sinks import SinkName, Sinks
+from saelab_kernels import choose
 
 Progress = Callable[[int, int, str], None]
 
@@ -191,7 +193,7 @@ class _Trainer:
     def __init__(self, config: TrainConfig, batches: ActivationBatches, device: str | torch.device) -> None:
         self.config, self.batches, self.device = config, batches, torch.device(device)
         self.step = 0
-        self.grad_norm = 0.0
+        self.grad_norm = self.lr = 0.0
         at_origin = getattr(config.sae, "b_dec", None) == "zero"
         stats = batches.statistics(config.stats_tokens)
         self.mean_norm = stats.mean_norm
@@ -200,27 +202,41 @@ class _Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = new_sae(config.sae, d_in=batches.d_in, generator=generator).to(self.device)
         self.optimizer = adam(self.sae, config.optim)
+        k = getattr(config.sae, "k", config.sae.d_sae)
+        self.sparse_gradients = choose(self.device, n_features=config.sae.d_sae, k=k).name != "reference"
         self.dead = DeadFeatures(config.sae.d_sae, window_tokens=config.dead_window)
 
     def advance(self) -> SAELoss:
         """One step of Adam on the next batch."""
         config = self.config
         acts = self.normalise(self.batches.at(self.step).to(self.device))
-        losses = self.sae.training_loss(acts, dead=self.dead.mask.to(self.device))
-        if not torch.isfinite(losses.total):
-            raise TrainingError(self._not_finite(acts, losses))
-        losses.total.backward()
-        self.sae.project_decoder_grad_()
-        limit = config.optim.clip_norm if config.optim.clip_norm is not None else math.inf
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit))
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.optim.lr_at(self.step, n_steps=config.n_steps, d_sae=config.sae.d_sae)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.sae.normalise_decoder_()
+        self.lr = config.optim.lr_at(self.step, n_steps=config.n_steps, d_sae=config.sae.d_sae)
+        losses = self._update(acts, self.dead.mask.to(self.device))
         self.dead.update(losses.fired, n_tokens=len(acts))
         self.step += 1
         return losses._replace(total=losses.total.detach())
+
+    def _update(self, acts: Float[Tensor, "batch d_in"], dead: Bool[Tensor, " d_sae"]) -> SAELoss:
+        """Change the weights: without gradient tensors where the architecture and the kernels' path allow it."""
+        if self.sparse_gradients:
+            gradient = self.sae.training_gradient(acts, dead=dead)
+            if gradient is not None:
+                self._check_finite(acts, gradient.losses)
+                norm = fused_step_(self.sae, self.optimizer, gradient.sparse, self.config.optim, lr=self.lr)
+                self.grad_norm = float(norm)
+                return gradient.losses
+        losses = self.sae.training_loss(acts, dead=dead)
+        self._check_finite(acts, losses)
+        losses.total.backward()
+        self.sae.project_decoder_grad_()
+        limit = self.config.optim.clip_norm if self.config.optim.clip_norm is not None else math.inf
+        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sae.normalise_decoder_()
+        return losses
 
     def record(self, losses: SAELoss) -> dict[str, float | int]:
         """The line of metrics.jsonl for the step just made."""
@@ -233,7 +249,7 @@ class _Trainer:
             "aux": float(losses.aux),
             "l0": float(losses.l0),
             "n_dead": int(self.dead.mask.sum()),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.lr,
             "grad_norm": self.grad_norm,
         }
 
@@ -268,6 +284,10 @@ class _Trainer:
         self.sae.fold_(self.normalise.mean, self.normalise.scale)
         self.sae.metadata = replace(metadata, mean_norm=self.mean_norm, activation_scale=self.normalise.scale)
         return self.sae.eval()
+
+    def _check_finite(self, acts: Float[Tensor, "batch d_in"], losses: SAELoss) -> None:
+        if not torch.isfinite(losses.total):
+            raise TrainingError(self._not_finite(acts, losses))
 
     def _not_finite(self, acts: Float[Tensor, "batch d_in"], losses: SAELoss) -> str:
         first, last = self.step * self.config.batch_size, (self.step + 1) * self.config.batch_size - 1

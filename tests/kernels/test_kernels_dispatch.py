@@ -112,7 +112,7 @@ def test_a_fallback_states_its_reason_once(caplog, monkeypatch):
         for _ in range(3):
             choose(CPU, n_features=20, k=19)
     assert [record.message for record in caplog.records if "k=19" in record.message] == [
-        "saelab_kernels uses reference: k=19 is more than 0.125 of 20 features: dense is faster"
+        "saelab_kernels uses reference: k=19 is more than 1/8 of 20 features: dense is faster"
     ]
 
 

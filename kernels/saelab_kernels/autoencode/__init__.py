@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from saelab_kernels import arguments, dispatch
 from saelab_kernels.autoencode import reference
-from saelab_kernels.decode import cpu as decode_cpu
+from saelab_kernels.decode import sparse_decode
 from saelab_kernels.dots import sampled_dot
-from saelab_kernels.encode import cpu as encode_cpu
+from saelab_kernels.encode import largest
 from saelab_kernels.grads import feature_grad, feature_sum
 from saelab_kernels.pairs import pairs_by_feature
 
@@ -43,23 +43,24 @@ def autoencode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_de
     arguments.check_k(k, len(W_enc))
     dtype = arguments.computing_dtype(x, W_enc, b_enc, W_dec, b_dec)
     x, W_enc, b_enc, W_dec, b_dec = (tensor.to(dtype) for tensor in (x, W_enc, b_enc, W_dec, b_dec))
-    if dispatch.path_for(W_enc, k) == "reference":
+    path = dispatch.path_for(W_enc, k)
+    if path == "reference":
         return Autoencoded(*reference.autoencode_topk(x, W_enc, b_enc, W_dec, b_dec, k))
-    return Autoencoded(*_AutoencodeTopK.apply(x, W_enc, b_enc, W_dec, b_dec, k))
+    return Autoencoded(*_AutoencodeTopK.apply(x, W_enc, b_enc, W_dec, b_dec, k, path))
 
 
 class _AutoencodeTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int, path: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         centred = x - b_dec
-        top_acts, top_indices = encode_cpu.encode_topk(centred, W_enc, b_enc, k)
+        top_acts, top_indices = largest(centred, W_enc, b_enc, k, path)
         top_acts = top_acts.relu()
         ctx.save_for_backward(centred, W_enc, W_dec, top_acts, top_indices)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(top_indices)
-        return decode_cpu.sparse_decode(top_acts, top_indices, W_dec).add_(b_dec), top_acts, top_indices
+        return sparse_decode(top_acts, top_indices, W_dec, b_dec), top_acts, top_indices
 
     @staticmethod
     @once_differentiable
@@ -75,11 +76,12 @@ class _AutoencodeTopK(torch.autograd.Function):
         b_enc_grad = feature_sum(pairs, pre_grad)
         need_x, need_W_enc, _, need_W_dec, *_ = ctx.needs_input_grad
         return (
-            decode_cpu.sparse_decode(pre_grad, top_indices, W_enc) if need_x else None,
+            sparse_decode(pre_grad, top_indices, W_enc) if need_x else None,
             feature_grad(pairs, pre_grad, centred) if need_W_enc else None,
             b_enc_grad,
             feature_grad(pairs, top_acts, recon_grad) if need_W_dec else None,
             # added to the output and subtracted from the input, whose gradient summed over tokens is b_enc_grad @ W_enc
             recon_grad.sum(0) - b_enc_grad @ W_enc,
+            None,
             None,
         )

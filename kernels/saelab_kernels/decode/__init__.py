@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saelab_kernels import arguments, dispatch
+from saelab_kernels import arguments, compiled, dispatch
 from saelab_kernels.decode import cpu, reference
 from saelab_kernels.dots import sampled_dot
 from saelab_kernels.grads import feature_grad
@@ -32,23 +32,36 @@ def sparse_decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
     if b_dec is not None:
         arguments.check_vector("b_dec", b_dec, length=W_dec.shape[1])
         b_dec = b_dec.to(dtype)
-    if dispatch.path_for(W_dec, top_indices.shape[1]) == "reference":
+    path = dispatch.path_for(W_dec, top_indices.shape[1])
+    if path == "fused" and dtype != torch.float32:  # float64 is for checks
+        path = "reference"
+    if path == "reference":
         return reference.sparse_decode(top_acts.to(dtype), top_indices, W_dec.to(dtype), b_dec)
-    recon = _SparseDecode.apply(top_acts.to(dtype), top_indices, W_dec.to(dtype))
+    weights = W_dec if path == "fused" else W_dec.to(dtype)
+    recon = _SparseDecode.apply(top_acts.to(dtype), top_indices, weights, path)
     return recon if b_dec is None else recon + b_dec
 
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
+    def forward(ctx: Any, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, path: str) -> Tensor:
         ctx.save_for_backward(top_acts, top_indices, W_dec)
+        if path == "fused":
+            from saelab_kernels.decode import fused
+
+            return compiled.or_else(
+                "sparse_decode",
+                lambda: fused.sparse_decode(top_acts, top_indices, W_dec),
+                lambda: cpu.sparse_decode(top_acts, top_indices, W_dec.to(top_acts.dtype)),
+                strict=dispatch.strict(),
+            )
         return cpu.sparse_decode(top_acts, top_indices, W_dec)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         top_acts, top_indices, W_dec = ctx.saved_tensors
-        need_acts, _, need_weights = ctx.needs_input_grad
+        need_acts, _, need_weights, _ = ctx.needs_input_grad
         acts_grad = sampled_dot(grad, W_dec, top_indices) if need_acts else None
         weights_grad = feature_grad(pairs_by_feature(top_indices, len(W_dec)), top_acts, grad) if need_weights else None
-        return acts_grad, None, weights_grad
+        return acts_grad, None, weights_grad, None

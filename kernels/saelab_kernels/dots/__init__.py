@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from saelab_kernels import arguments, dispatch
+from saelab_kernels import arguments, compiled, dispatch
 from saelab_kernels.dots import cpu, reference
 
 
@@ -23,5 +24,15 @@ def sampled_dot(vectors: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     if len(indices) != len(vectors):
         raise ValueError(f"indices must have one row for each of the {len(vectors)} vectors, got {len(indices)}")
     dtype = arguments.computing_dtype(vectors, weights)
-    path = cpu if dispatch.path_for(weights, indices.shape[1]) == "cpu" else reference
-    return path.sampled_dot(vectors.detach().to(dtype), weights.detach().to(dtype), indices)
+    vectors, weights = vectors.detach(), weights.detach()
+    path = dispatch.path_for(weights, indices.shape[1])
+    if path == "fused" and dtype == torch.float32:  # float64 is for checks
+        from saelab_kernels.dots import fused
+
+        return compiled.or_else(
+            "sampled_dot",
+            lambda: fused.sampled_dot(vectors, weights, indices),
+            lambda: reference.sampled_dot(vectors.to(dtype), weights.to(dtype), indices),
+            strict=dispatch.strict(),
+        )
+    return (cpu if path == "cpu" else reference).sampled_dot(vectors.to(dtype), weights.to(dtype), indices)

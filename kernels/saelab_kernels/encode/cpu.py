@@ -28,12 +28,13 @@ from torch import Tensor
 from saelab_kernels import dispatch
 from saelab_kernels.dots.cpu import ragged_dot, sampled_dot
 from saelab_kernels.encode import reference
+from saelab_kernels.workers import spread
 
 #: A row's gap must exceed this multiple of the largest error among its ~1.7 k candidates (misses: kernels/README.md).
 SAFETY = 2.0
 
-_BLOCK_BYTES = 2**26
-_CHUNK_BYTES = 2**22
+_BLOCK_BYTES = 2**24
+_CHUNK_BYTES = 2**21
 _LARGEST_GROUP = 16
 _MAX_PAIRS = 2**22
 
@@ -109,12 +110,17 @@ def _select(x: Tensor, W: Tensor, b: Tensor, k: int, W_low: Tensor, b_low: Tenso
 def _candidates(bits: np.ndarray, n_wanted: int) -> tuple[np.ndarray, np.ndarray]:
     """Flat positions of the candidates among ``bits`` [N, F], and each row's floor [N] as a sortable integer."""
     n_features = bits.shape[1]
-    rows = max(1, _CHUNK_BYTES // (n_features * bits.itemsize))  # what these four passes share stays in the cache
-    positions, floors = [], []
-    for start in range(0, len(bits), rows):
-        codes = _sortable(bits[start : start + rows])
-        floors.append(_floor(codes, n_wanted))
-        positions.append(np.flatnonzero(codes >= floors[-1][:, None]) + start * n_features)
+    rows = max(1, _CHUNK_BYTES // (n_features * bits.itemsize))  # what these passes share stays in the cache
+
+    def chunk(start: int) -> tuple[np.ndarray, np.ndarray]:
+        codes = bits[start : start + rows]
+        floor = _floor(codes, n_wanted)
+        if (floor <= 0).any():  # positive floats are in order as they are, and a floor above 0 is found among them
+            codes = _sortable(codes)
+            floor = _floor(codes, n_wanted)
+        return np.flatnonzero(codes >= floor[:, None]) + start * n_features, floor
+
+    positions, floors = zip(*spread(chunk, range(0, len(bits), rows)), strict=True)
     return np.concatenate(positions), np.concatenate(floors)
 
 

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from saelab_kernels import arguments, dispatch
 from saelab_kernels.pairs import cpu, reference
+from saelab_kernels.ragged import Ragged
 
 
 class Pairs(NamedTuple):
-    """N*k pairs sorted by (feature, token). Pairs ``starts[f]:starts[f + 1]`` belong to feature f."""
+    """P pairs sorted by (feature, token), N*k of a TopK batch; ``starts[f]:starts[f + 1]`` belong to feature f."""
 
-    order: Tensor  # int64 [N*k]: position of the pair in top_indices.flatten()
-    tokens: Tensor  # int64 [N*k]: its token, order // k
+    order: Tensor  # int64 [P]: position of the pair in top_indices.flatten(), or in a ragged batch
+    tokens: Tensor  # int64 [P]: its token
     starts: Tensor  # int64 [F+1]
 
 
@@ -30,3 +31,17 @@ def pairs_by_feature(top_indices: Tensor, n_features: int) -> Pairs:
     path = dispatch.choose(top_indices.device, n_features=n_features, k=k).name
     order, starts = (cpu if path == "cpu" else reference).sort_pairs(top_indices, n_features)
     return Pairs(order, order.div(max(k, 1), rounding_mode="floor"), starts)
+
+
+def ragged_pairs(active: Ragged, n_features: int) -> Pairs:
+    """The pairs of a ragged batch, sorted by feature and then by token.
+
+    Raises:
+        TypeError: the features are not int64.
+        ValueError: a feature lies outside 0..n_features-1.
+    """
+    column = active.features[:, None]
+    arguments.check_indices(column, n_features=n_features)
+    path = dispatch.choose(column.device, n_features=n_features, k=1).name
+    order, starts = (cpu if path == "cpu" else reference).sort_pairs(column, n_features)
+    return Pairs(order, active.tokens[order], starts)

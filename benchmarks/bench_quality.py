@@ -1,0 +1,141 @@
+"""Equal loss: our training step and a peer's from the same weights, on the same tokens in the same order.
+
+A step that is fast because it learns less would be no gain. Both sides count as dead what has not fired in the last
+third of the steps, and revive it in their own way; learning rates are the same, step by step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import eager, gates
+from benchmarks.data import planted
+from benchmarks.ours import Loop
+from benchmarks.peers.client import Peer, PeerError
+from benchmarks.problem import Problem
+from benchmarks.shapes import Shape
+
+#: Our held-out error over the peer's may be so much at most.
+LARGEST_RATIO = 1.01
+_WARMUP_SHARE = 0.05
+_N_HELD_OUT = 4096
+
+
+def run(
+    shapes: tuple[Shape, ...],
+    *,
+    device: str,
+    n_steps: int,
+    workspace: Path,
+    peers: tuple[str, ...],
+    peer_python: Path | None,
+) -> list[dict[str, Any]]:
+    """One row a shape.
+
+    Raises:
+        GateError: interpreted kernels, no such device, or no peer to compare with.
+    """
+    gates.refuse_interpreted()
+    gates.refuse_unknown_device(device)
+    if peer_python is None:
+        raise gates.GateError("there is no environment with peers to compare with; make bench-peers makes one")
+    return [
+        _row(*tokens_for(shape, device, n_steps=n_steps, workspace=workspace), n_steps, peers, peer_python)
+        for shape in shapes
+    ]
+
+
+def tokens_for(shape: Shape, device: str, *, n_steps: int, workspace: Path) -> tuple[Problem, str]:
+    """The problem, and where its tokens come from: the workspace's activations if they have the width, else planted."""
+    stored = _stored(shape, n_steps, workspace)
+    source = f"activations of {workspace}" if stored else "a planted dictionary"
+    batches, held_out = stored or _planted(shape, n_steps)
+    directions = F.normalize(
+        torch.randn(shape.features, shape.width, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    nothing = torch.zeros(shape.features)
+    lr = 2e-4 * math.sqrt(16384 / shape.features)  # saelab's default, that of Gao et al. 2024, fig. 3
+    return Problem(shape, directions, nothing, batches, held_out, nothing.bool(), lr, device), source
+
+
+def _stored(shape: Shape, n_steps: int, workspace: Path) -> tuple[Tensor, Tensor] | None:
+    """Batches and held-out tokens as saelab's training sees them: shuffled, centred, scaled."""
+    if not (workspace / "activations" / "DONE").exists():
+        return None
+    from saelab.activations.loader import Batches
+    from saelab.activations.store import ActivationStore
+    from saelab.train.loop import Normaliser
+
+    store = ActivationStore.open(workspace)
+    (hook_name, *_) = store.hook_names
+    if store.d_in(hook_name) != shape.width:
+        return None
+    reader = Batches(store, hook_name, batch_size=shape.tokens, seed=0)
+    normalise = Normaliser.fitted(reader.statistics(100_000), centre=True)
+    batches = torch.empty(n_steps, shape.tokens, shape.width, dtype=torch.bfloat16)
+    for step in range(n_steps):
+        batches[step] = normalise(reader.at(step))
+    held_out = Batches(store, hook_name, batch_size=_N_HELD_OUT, seed=0, split="held_out").at(0)
+    return batches, normalise(held_out).to(torch.bfloat16)
+
+
+def _planted(shape: Shape, n_steps: int) -> tuple[Tensor, Tensor]:
+    settings = {"n_directions": 2 * shape.width, "active": 16, "seed": 0}
+    batches = torch.empty(n_steps, shape.tokens, shape.width, dtype=torch.bfloat16)
+    for step in range(n_steps):
+        batches[step] = planted(shape.tokens, shape.width, draw=step + 1, **settings)
+    return batches, planted(_N_HELD_OUT, shape.width, **settings).to(torch.bfloat16)
+
+
+def _row(
+    problem: Problem, source: str, n_steps: int, peers: tuple[str, ...], peer_python: Path
+) -> dict[str, Any]:
+    window, notes = max(1, n_steps // 3), {}
+    curves: dict[str, list[float]] = {"saelab": []}
+    loop = Loop(problem, dead_window=window * problem.shape.tokens)
+    with contextlib.ExitStack() as stack:
+        remote: dict[str, Peer] = {}
+        for name in peers:
+            try:
+                remote[name] = stack.enter_context(Peer(name, problem, peer_python))
+                curves[name] = []
+            except PeerError as error:
+                notes[name] = str(error)
+        if not remote:
+            raise gates.GateError(f"no peer to compare with: {'; '.join(notes.values())}")
+        for step in range(n_steps):
+            lr = problem.lr * min(1.0, (step + 1) / max(1, round(_WARMUP_SHARE * n_steps)))
+            loop.set_lr(lr)
+            loop.step(problem.batch(step))
+            loop.mark_dead()
+            for peer in remote.values():
+                peer.lr = lr
+                peer.seconds(step)
+                peer.mark_dead(window=window)
+            if (step + 1) % window == 0 or step + 1 == n_steps:
+                curves["saelab"].append(eager.held_out_error(loop.weights, problem))
+                for name, peer in remote.items():
+                    curves[name].append(peer.held_out_error())
+                print(f"{problem.shape} step {step + 1}: " + ", ".join(f"{n} {c[-1]:.5f}" for n, c in curves.items()))
+        versions = {name: peer.version for name, peer in remote.items()}
+    ratios = {name: curves["saelab"][-1] / curves[name][-1] for name in remote}
+    return {
+        "shape": problem.shape._asdict(),
+        "tokens_from": source,
+        "n_steps": n_steps,
+        "lr": problem.lr,
+        "contenders": {
+            name: {"held_out_error": curve[-1], "curve": curve, "version": versions.get(name)}
+            for name, curve in curves.items()
+        },
+        "our_error_over_theirs": ratios,
+        "equal": {name: ratio <= LARGEST_RATIO for name, ratio in ratios.items()},
+        "not_timed": notes,
+    }

@@ -1,0 +1,160 @@
+"""Every pre-activation above a floor, at the price of a bfloat16 matrix product.
+
+    1. approx = x @ W.T + (b - floor) in bfloat16 (float32 where the CPU is no faster in bfloat16), some rows at a time:
+       what is sought is now above 0, where bfloat16 resolves best.
+    2. slack = four times the largest error of approx near 0 seen so far; at first, among a sample of pairs.
+    3. candidates = the pairs with approx >= -slack: one comparison of integers, one flatnonzero.
+    4. exact = float32 dot products in place (saelab_kernels.dots); the pairs above the floor are the result.
+
+A pair outside the candidates could only belong to the result if its error exceeded the slack. Where twice the largest
+error seen among the candidates near 0 does not stay below the slack, the block is done again with a wider one, and if
+that keeps failing with every pair; tokens that are not finite are done with every pair at once. As in ``encode.cpu``, a
+token's result is that of float32 dot products in a fixed order and depends neither on its batch nor on the precision of
+step 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saelab_kernels import dispatch
+from saelab_kernels.above import reference
+from saelab_kernels.dots.cpu import ragged_dot
+from saelab_kernels.ragged import Ragged
+from saelab_kernels.workers import spread
+
+#: The slack must exceed this multiple of the largest error among the candidates near the floor.
+SAFETY = 2.0
+
+_BLOCK_BYTES = 2**24
+_CHUNK_BYTES = 2**22
+_MAX_PAIRS = 2**22
+_SAMPLE = 2048
+_ATTEMPTS = 3
+
+
+class _Layer(NamedTuple):
+    W: Tensor
+    b: Tensor
+    floor: Tensor
+    W_low: Tensor
+    shifted: Tensor  # b - floor in the precision of W_low
+    rounding: Tensor  # what that precision takes away from b - floor, absolute
+
+
+class _Found(NamedTuple):
+    tokens: np.ndarray
+    features: Tensor
+    exact: Tensor
+
+
+def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> Ragged:
+    """x [N, d], W [F, d], b [F], floor [F] -> the pre-activations above their feature's floor; NaN counts as above."""
+    if x.dtype != torch.float32:  # float64 is for checks
+        return reference.encode_above(x, W, b, floor)
+    gemm = getattr(torch, dispatch.candidate_gemm().name)
+    shift = (b - floor).clamp(-1e30, 1e30)
+    layer = _Layer(W, b, floor, W.to(gemm), shift.to(gemm), (shift - shift.to(gemm).float()).abs())
+    searchable = _all_finite(W) and _all_finite(b) and not floor.isnan().any()
+    rows = max(1, _BLOCK_BYTES // (layer.W_low.element_size() * len(W)))
+    found, slack = [], 0.0
+    for start in range(0, len(x), rows):
+        block = x[start : start + rows]
+        if searchable and _all_finite(block):
+            part, slack = _block(block, layer, slack)
+        else:
+            part = _exhaustive(block, layer)
+        found.append(part._replace(tokens=part.tokens + start))
+    if not found:
+        return Ragged(x.new_zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    tokens = np.concatenate([part.tokens for part in found])
+    offsets = torch.from_numpy(np.searchsorted(tokens, np.arange(len(x) + 1)))
+    return Ragged(torch.cat([part.exact for part in found]), torch.cat([part.features for part in found]), offsets)
+
+
+def _block(x: Tensor, layer: _Layer, slack: float) -> tuple[_Found, float]:
+    """The pairs of some tokens, and the slack to begin the next block with."""
+    approx = F.linear(x.to(layer.W_low.dtype), layer.W_low, layer.shifted)
+    slack = slack or _sampled_slack(x, layer, approx)
+    for _ in range(_ATTEMPTS):
+        found, error = _search(x, layer, approx, slack)
+        if SAFETY * error < slack:
+            return found, slack
+        slack = 4 * error
+    return _exhaustive(x, layer), slack
+
+
+def _search(x: Tensor, layer: _Layer, approx: Tensor, slack: float) -> tuple[_Found, float]:
+    """Steps 3 and 4, and the largest error among the candidates near the floor."""
+    flat = _at_least(approx, -(slack + layer.rounding))
+    tokens, features, exact = _exact(x, layer, flat)
+    height = exact - layer.floor[features]
+    values = approx.view(-1)[torch.from_numpy(flat)].float()
+    error = (height - values).abs_().sub_(layer.rounding[features]).masked_fill_(values > slack, 0)
+    kept = height > 0
+    largest = float(error.max()) if len(flat) else 0.0
+    return _Found(tokens[kept.numpy()], features[kept], exact[kept]), max(largest, 0.0)
+
+
+def _at_least(approx: Tensor, low: Tensor) -> np.ndarray:
+    """Ascending flat positions of the entries of ``approx`` [N, F] that reach the negative ``low`` [F].
+
+    As unsigned integers the bits of floats run 0, ..., +inf, -0, ..., -inf, so one comparison decides.
+    """
+    unsigned = np.uint16 if approx.dtype == torch.bfloat16 else np.uint32
+    signed = torch.int16 if approx.dtype == torch.bfloat16 else torch.int32
+    # towards -inf where rounding would raise the bound: that is one step up among the bits of a negative float
+    rounded = low.to(approx.dtype)
+    border = rounded.view(signed).numpy().view(unsigned) + (rounded.float() > low).numpy().astype(unsigned)
+    bits = approx.view(signed).numpy().view(unsigned)
+    rows = max(1, _CHUNK_BYTES // bits[0].nbytes)
+
+    def chunk(start: int) -> np.ndarray:
+        return np.flatnonzero(bits[start : start + rows] <= border) + start * bits.shape[1]
+
+    return np.concatenate(spread(chunk, range(0, len(bits), rows)))
+
+
+def _sampled_slack(x: Tensor, layer: _Layer, approx: Tensor) -> float:
+    """Four times the largest error relative to the pre-activations' own spread, among pairs spread over the block."""
+    flat = np.linspace(0, approx.numel() - 1, min(_SAMPLE, approx.numel()), dtype=np.int64)
+    _, features, exact = _exact(x, layer, flat)
+    values = approx.view(-1)[torch.from_numpy(flat)].float()
+    # the output's own rounding grows with its distance from 0 and says nothing about the pairs at the border
+    output = values.abs() * torch.finfo(approx.dtype).eps / 2
+    error = ((exact - layer.floor[features]) - values).abs() - output - layer.rounding[features]
+    return 4 * float(error.max().clamp_min(torch.finfo(torch.float32).eps * values.abs().max()))
+
+
+def _exact(x: Tensor, layer: _Layer, flat: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Token, feature and float32 pre-activation of each of the ascending positions ``flat`` in [N, F]."""
+    n_features = len(layer.W)
+    starts = np.searchsorted(flat, np.arange(len(x) + 1) * n_features)
+    tokens = np.repeat(np.arange(len(x)), np.diff(starts))
+    features = torch.from_numpy(flat - tokens * n_features)
+    return tokens, features, ragged_dot(x, layer.W, torch.from_numpy(starts), features) + layer.b[features]
+
+
+def _exhaustive(x: Tensor, layer: _Layer) -> _Found:
+    """Every pair rescored."""
+    n_features, parts = len(layer.W), []
+    rows = max(1, _MAX_PAIRS // n_features)
+    for start in range(0, len(x), rows):
+        block = x[start : start + rows]
+        tokens, features, exact = _exact(block, layer, np.arange(len(block) * n_features))
+        kept = ~(exact <= layer.floor[features])
+        parts.append(_Found(tokens[kept.numpy()] + start, features[kept], exact[kept]))
+    tokens, features, exact = zip(*parts, strict=True)
+    return _Found(np.concatenate(tokens), torch.cat(features), torch.cat(exact))
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # NaN if any is; ten times faster than isfinite().all()
+    return bool(low.isfinite() & high.isfinite())
