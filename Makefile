@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 # Triton decides at its import whether kernels are interpreted, so these tests have a process of their own.
 INTERPRETED_TESTS = TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "fused and not gpu and not slow" tests/kernels
 
-.PHONY: demo test test-kernels test-gpu test-slow test-real test-browser test-peer check bench clean
+.PHONY: demo test test-kernels test-gpu test-slow test-real test-browser test-peer check bench bench-peers clean
 
 demo: $(STAMP)
 	$(BIN)/saelab demo --out runs/demo --port $(PORT) $(if $(filter 0,$(SERVE)),--no-serve)
@@ -47,7 +47,10 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.bench_train
+	$(BIN)/python -m benchmarks all --device cpu
+
+bench-peers: .venv-peer/.installed
+	.venv-peer/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements.txt
 
 clean:
 	rm -rf $(VENV) .venv-peer .pytest_cache .mypy_cache .ruff_cache

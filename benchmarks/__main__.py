@@ -51,8 +51,12 @@ def parser() -> argparse.ArgumentParser:
         "--peers", type=_peers, default=tuple(steps.PEERS), metavar="P[,P...]",
         help=f"train: which of {', '.join(steps.PEERS)} (default all)",
     )  # fmt: skip
-    top.add_argument("--only", type=_names, metavar="C[,C...]", help="train: of torch's contenders only these")
+    top.add_argument(
+        "--only", type=_only, metavar="C[,C...]",
+        help=f"train: of torch's contenders only these: {', '.join(bench_train.IN_TORCH)}, or none (default all)",
+    )  # fmt: skip
     top.add_argument("--steps", type=int, default=300, help="quality: training steps (default 300)")
+    top.add_argument("--lr", type=float, default=1e-3, help="quality: learning rate after the warm-up (default 1e-3)")
     top.add_argument(
         "--workspace", type=Path, default=_ROOT / "runs" / "demo", help="quality: whose activations (default runs/demo)"
     )
@@ -88,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _do_ops(wish: argparse.Namespace) -> bool:
     deadline = time.monotonic() + wish.time_limit if wish.time_limit else None
     rows: list[dict[str, Any]] = []
-    for shape in _shapes_for(wish, whole_step=False):
+    for shape in _shapes_for(wish, "ops"):
         rows += bench_ops.run(
             (shape,), device=wish.device, rounds=wish.rounds, ops=wish.ops, smoke=wish.smoke, deadline=deadline
         )
@@ -98,7 +102,7 @@ def _do_ops(wish: argparse.Namespace) -> bool:
 
 def _do_train(wish: argparse.Namespace) -> bool:
     rows: list[dict[str, Any]] = []
-    for shape in _shapes_for(wish):
+    for shape in _shapes_for(wish, "train"):
         rows += bench_train.run(
             (shape,), device=wish.device, rounds=wish.rounds, peers=wish.peers, peer_python=wish.peer_python,
             only=wish.only, smoke=wish.smoke,
@@ -108,7 +112,7 @@ def _do_train(wish: argparse.Namespace) -> bool:
 
 
 def _do_search(wish: argparse.Namespace) -> bool:
-    rows = bench_search.run(_shapes_for(wish), n_tokens=wish.tokens, device=wish.device, smoke=wish.smoke)
+    rows = bench_search.run(_shapes_for(wish, "search"), n_tokens=wish.tokens, device=wish.device, smoke=wish.smoke)
     _publish("search", wish, rows)
     return True
 
@@ -118,9 +122,9 @@ def _do_quality(wish: argparse.Namespace) -> bool:
         print("quality: skipped, there is no environment with peers here")
         return True
     rows: list[dict[str, Any]] = []
-    for shape in _shapes_for(wish):
+    for shape in _shapes_for(wish, "quality"):
         rows += bench_quality.run(
-            (shape,), device=wish.device, n_steps=wish.steps, workspace=wish.workspace, peers=("sae-lens",),
+            (shape,), device=wish.device, n_steps=wish.steps, lr=wish.lr, workspace=wish.workspace, peers=("sae-lens",),
             peer_python=wish.peer_python,
         )  # fmt: skip
         _publish("quality", wish, rows)
@@ -138,8 +142,8 @@ def _do_report(wish: argparse.Namespace) -> bool:
 _DO = {"ops": _do_ops, "train": _do_train, "search": _do_search, "quality": _do_quality, "report": _do_report}
 
 
-def _shapes_for(wish: argparse.Namespace, *, whole_step: bool = True) -> tuple[shapes.Shape, ...]:
-    return wish.shapes or shapes.default(wish.device, smoke=wish.smoke, whole_step=whole_step)
+def _shapes_for(wish: argparse.Namespace, topic: str) -> tuple[shapes.Shape, ...]:
+    return wish.shapes or shapes.default(wish.device, topic, smoke=wish.smoke)
 
 
 def _publish(topic: str, wish: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -159,6 +163,10 @@ def _shapes(text: str) -> tuple[shapes.Shape, ...]:
 
 def _ops(text: str) -> tuple[str, ...]:
     return _among(text, tuple(bench_ops.OPS))
+
+
+def _only(text: str) -> tuple[str, ...]:
+    return _among(text, (*bench_train.IN_TORCH, "none"))
 
 
 def _peers(text: str) -> tuple[str, ...]:

@@ -104,7 +104,11 @@ def row(case: Case, shape: Shape, device: str, ceilings: Ceilings, *, rounds: in
                 notes[name] = f"wrong: error {errors[name]:.1e}, at most {tolerance:.0e} is allowed"
     if "saelab" not in contenders:
         return _refused(case.op, case.what, shape, notes["saelab"])
-    timings = side_by_side({name: timer(run_once, device) for name, run_once in contenders.items()}, rounds=rounds)
+    timers = {name: timer(run_once, device) for name, run_once in contenders.items()}
+    try:
+        timings = side_by_side(timers, rounds=rounds)
+    except torch.OutOfMemoryError:
+        return _refused(case.op, case.what, shape, OUT_OF_MEMORY)
     numbers = {
         name: {
             **timing._asdict(),

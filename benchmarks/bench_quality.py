@@ -1,13 +1,13 @@
 """Equal loss: our training step and a peer's from the same weights, on the same tokens in the same order.
 
-A step that is fast because it learns less would be no gain. Both sides count as dead what has not fired in the last
-third of the steps, and revive it in their own way; learning rates are the same, step by step.
+A step that is fast because it learns less would be no gain. Learning rates are the same, step by step, and gradients
+are clipped to the same norm in the same unit. Both sides count as dead what has not fired in the last third of the
+steps, and revive it in their own way.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from benchmarks import eager, gates
 from benchmarks.data import planted
 from benchmarks.ours import Loop
 from benchmarks.peers.client import Peer, PeerError
-from benchmarks.problem import Problem
+from benchmarks.problem import CLIP_NORM, Problem
 from benchmarks.shapes import Shape
 
 #: Our held-out error over the peer's may be so much at most.
@@ -33,6 +33,7 @@ def run(
     *,
     device: str,
     n_steps: int,
+    lr: float,
     workspace: Path,
     peers: tuple[str, ...],
     peer_python: Path | None,
@@ -47,21 +48,20 @@ def run(
     if peer_python is None:
         raise gates.GateError("there is no environment with peers to compare with; make bench-peers makes one")
     return [
-        _row(*tokens_for(shape, device, n_steps=n_steps, workspace=workspace), n_steps, peers, peer_python)
+        _row(*tokens_for(shape, device, n_steps=n_steps, lr=lr, workspace=workspace), n_steps, peers, peer_python)
         for shape in shapes
     ]
 
 
-def tokens_for(shape: Shape, device: str, *, n_steps: int, workspace: Path) -> tuple[Problem, str]:
+def tokens_for(shape: Shape, device: str, *, n_steps: int, lr: float, workspace: Path) -> tuple[Problem, str]:
     """The problem, and where its tokens come from: the workspace's activations if they have the width, else planted."""
     stored = _stored(shape, n_steps, workspace)
-    source = f"activations of {workspace}" if stored else "a planted dictionary"
+    source = f"activations of {workspace.name}" if stored else "a planted dictionary"
     batches, held_out = stored or _planted(shape, n_steps)
     directions = F.normalize(
         torch.randn(shape.features, shape.width, generator=torch.Generator().manual_seed(0)), dim=1
     )
     nothing = torch.zeros(shape.features)
-    lr = 2e-4 * math.sqrt(16384 / shape.features)  # saelab's default, that of Gao et al. 2024, fig. 3
     return Problem(shape, directions, nothing, batches, held_out, nothing.bool(), lr, device), source
 
 
@@ -87,19 +87,21 @@ def _stored(shape: Shape, n_steps: int, workspace: Path) -> tuple[Tensor, Tensor
 
 
 def _planted(shape: Shape, n_steps: int) -> tuple[Tensor, Tensor]:
-    settings = {"n_directions": 2 * shape.width, "active": 16, "seed": 0}
+    def draw(n_tokens: int, number: int) -> Tensor:
+        return planted(n_tokens, shape.width, n_directions=2 * shape.width, active=16, seed=0, draw=number)
+
     batches = torch.empty(n_steps, shape.tokens, shape.width, dtype=torch.bfloat16)
     for step in range(n_steps):
-        batches[step] = planted(shape.tokens, shape.width, draw=step + 1, **settings)
-    return batches, planted(_N_HELD_OUT, shape.width, **settings).to(torch.bfloat16)
+        batches[step] = draw(shape.tokens, step + 1)
+    return batches, draw(_N_HELD_OUT, 0).to(torch.bfloat16)
 
 
-def _row(
-    problem: Problem, source: str, n_steps: int, peers: tuple[str, ...], peer_python: Path
-) -> dict[str, Any]:
+def _row(problem: Problem, source: str, n_steps: int, peers: tuple[str, ...], peer_python: Path) -> dict[str, Any]:
     window, notes = max(1, n_steps // 3), {}
     curves: dict[str, list[float]] = {"saelab": []}
-    loop = Loop(problem, dead_window=window * problem.shape.tokens)
+    # the peer's loss is the sum over d entries and ours their mean; Adam does not care, but clipping does
+    clip_norm = CLIP_NORM / problem.shape.width
+    loop = Loop(problem, clip_norm=clip_norm, dead_window=window * problem.shape.tokens)
     with contextlib.ExitStack() as stack:
         remote: dict[str, Peer] = {}
         for name in peers:
@@ -112,7 +114,7 @@ def _row(
             raise gates.GateError(f"no peer to compare with: {'; '.join(notes.values())}")
         for step in range(n_steps):
             lr = problem.lr * min(1.0, (step + 1) / max(1, round(_WARMUP_SHARE * n_steps)))
-            loop.set_lr(lr)
+            loop.lr = lr
             loop.step(problem.batch(step))
             loop.mark_dead()
             for peer in remote.values():

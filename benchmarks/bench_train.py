@@ -7,6 +7,7 @@ time their own step; they are asked for one at a time, so every contender meets 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 from collections.abc import Callable, Mapping
@@ -19,12 +20,13 @@ from torch import Tensor
 from benchmarks import eager, gates
 from benchmarks.floors import Floors, measured_ceilings
 from benchmarks.memory import peak_bytes
+from benchmarks.ours import Kernels, Loop
 from benchmarks.peers.client import Peer, PeerError
 from benchmarks.problem import Problem, planted_problem
 from benchmarks.shapes import Shape
 from benchmarks.timing import Timer, side_by_side, timer
 
-#: Largest relative difference of the weights from those of the dense float32 step, after one step from the same weights.
+#: Largest relative difference of the weights from those of the dense float32 step, one step after the same weights.
 #: A step of Adam changes weights by about lr whatever the gradient, so this is far below the step itself (1e-2).
 LARGEST_DIFFERENCE = {"cpu": 1e-4, "cuda": 1e-3}
 
@@ -38,33 +40,27 @@ class Step(Protocol):
     def step(self, x: Tensor) -> None: ...
 
 
-def ours(problem: Problem) -> dict[str, Callable[[], Step]]:
-    """Our step: as saelab's loop makes it where saelab is installed, and from the kernels alone."""
-    from benchmarks.ours import Kernels, Loop
-
-    return {
-        "saelab": lambda: Loop(problem),
-        "saelab_kernels": lambda: Kernels(problem),
-        "saelab_kernels unclipped": lambda: Kernels(problem, clip_norm=None),
-    }
-
-
-def in_torch(problem: Problem) -> dict[str, Callable[[], Step]]:
-    """The step in plain torch, in four ways and compiled."""
-    return {
-        "torch dense float32": lambda: eager.Dense(problem),
-        "torch dense bfloat16": lambda: eager.Dense(problem, torch.bfloat16),
-        "torch.compile dense float32": lambda: _compiled(problem, torch.float32),
-        "torch.compile dense bfloat16": lambda: _compiled(problem, torch.bfloat16),
-        "torch sparse float32": lambda: eager.Sparse(problem),
-        "torch sparse bfloat16": lambda: eager.Sparse(problem, torch.bfloat16),
-    }
-
-
 def _compiled(problem: Problem, precision: torch.dtype) -> Step:
     if reason := eager.why_not_compiled(problem.device):
         raise NotImplementedError(reason)
     return eager.Dense(problem, precision, compiled=True)
+
+
+#: Our step: as saelab's loop makes it where saelab is installed, and from the kernels alone.
+OURS: dict[str, Callable[[Problem], Step]] = {
+    "saelab": Loop,
+    "saelab_kernels": Kernels,
+    "saelab_kernels unclipped": lambda problem: Kernels(problem, clip_norm=None),
+}
+#: The step in plain torch.
+IN_TORCH: dict[str, Callable[[Problem], Step]] = {
+    "torch dense float32": eager.Dense,
+    "torch dense bfloat16": lambda problem: eager.Dense(problem, torch.bfloat16),
+    "torch.compile dense float32": lambda problem: _compiled(problem, torch.float32),
+    "torch.compile dense bfloat16": lambda problem: _compiled(problem, torch.bfloat16),
+    "torch sparse float32": eager.Sparse,
+    "torch sparse bfloat16": lambda problem: eager.Sparse(problem, torch.bfloat16),
+}
 
 
 def run(
@@ -103,39 +99,21 @@ def _row(
     problem = planted_problem(shape, device)
     ceilings = measured_ceilings(shape, device, smoke=smoke)
     floor = Floors(shape, ceilings, weight_bytes=2 if device == "cuda" else 4).whole_step()
-    wanted = {
-        name: build
-        for name, build in {**ours(problem), **in_torch(problem)}.items()
-        if only is None or name in only or name in ours(problem)
-    }
-    steps, notes, differences = admitted(problem, wanted)
+    in_torch = {name: build for name, build in IN_TORCH.items() if only is None or name in only}
+    steps, notes, differences = admitted(problem, {**OURS, **in_torch})
     with contextlib.ExitStack() as stack:
-        remote: dict[str, Peer] = {}
-        for name in peers:
-            try:
-                if peer_python is None:
-                    raise PeerError("no environment with peers here; make bench-peers makes one")
-                remote[name] = stack.enter_context(Peer(name, problem, peer_python))
-                remote[name].seconds(0)
-            except PeerError as error:
-                notes[name] = str(error)
-                remote.pop(name, None)
+        remote = _started(peers, peer_python, problem, stack, notes)
         timers = {name: _on_batches(problem, step) for name, step in steps.items()}
         timers |= {name: _remote_on_batches(peer) for name, peer in remote.items()}
         timings = side_by_side(timers, rounds=rounds)
         contenders: dict[str, dict[str, Any]] = {}
-        x = problem.batch(0)
         for name, timing in timings.items():
-            step = steps.get(name)
-            peak = peak_bytes(lambda step=step: step.step(x), device) if step else remote[name].peak_bytes(0)
             contenders[name] = {
                 **timing._asdict(),
                 "tokens_per_second": round(1000 * shape.tokens / timing.median_ms),
-                "peak_bytes": peak,
                 "over_floor": round(timing.median_ms / floor.ms, 2),
-                "held_out_error": eager.held_out_error(step.weights, problem) if step else remote[name].held_out_error(),
                 "difference_after_one_step": differences.get(name),
-                "version": remote[name].version if name in remote else None,
+                **(_of_step(steps[name], problem) if name in steps else _of_peer(remote[name])),
             }
     for name, numbers in contenders.items():
         print(f"{shape}  {name:30} {numbers['median_ms']:9.1f} ms  {numbers['over_floor']:6.2f} x floor")
@@ -152,8 +130,38 @@ def _row(
     }
 
 
+def _started(
+    names: tuple[str, ...],
+    python: Path | None,
+    problem: Problem,
+    stack: contextlib.ExitStack,
+    notes: dict[str, str],
+) -> dict[str, Peer]:
+    """The peers that can make a step; ``notes`` says why the others cannot."""
+    started = {}
+    for name in names:
+        try:
+            if python is None:
+                raise PeerError("no environment with peers here; make bench-peers makes one")
+            peer = stack.enter_context(Peer(name, problem, python))
+            peer.seconds(0)
+            started[name] = peer
+        except PeerError as error:
+            notes[name] = str(error)
+    return started
+
+
+def _of_step(step: Step, problem: Problem) -> dict[str, Any]:
+    peak = peak_bytes(functools.partial(step.step, problem.batch(0)), problem.device)
+    return {"peak_bytes": peak, "held_out_error": eager.held_out_error(step.weights, problem), "version": None}
+
+
+def _of_peer(peer: Peer) -> dict[str, Any]:
+    return {"peak_bytes": peer.peak_bytes(0), "held_out_error": peer.held_out_error(), "version": peer.version}
+
+
 def admitted(
-    problem: Problem, wanted: Mapping[str, Callable[[], Step]]
+    problem: Problem, wanted: Mapping[str, Callable[[Problem], Step]]
 ) -> tuple[dict[str, Step], dict[str, str], dict[str, float]]:
     """The contenders that may be timed, why the others may not, and how far each is from the dense step.
 
@@ -173,19 +181,19 @@ def admitted(
     differences: dict[str, float] = {}
     for name, build in wanted.items():
         try:
-            step = build()
+            step = build(problem)
             step.step(x)
         except (ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
             notes[name] = str(error).splitlines()[0]
             _release(problem.device)
             continue
         differences[name] = _difference(step.weights, expected)
-        if name.startswith("saelab") and not differences[name] <= LARGEST_DIFFERENCE[problem.device]:
+        if name in OURS and not differences[name] <= LARGEST_DIFFERENCE[problem.device]:
             notes[name] = f"its weights differ by {differences[name]:.1e} from the dense step's after one step"
             continue
         steps[name] = step
-    if not any(name.startswith("saelab") for name in steps):
-        reasons = "; ".join(f"{name}: {note}" for name, note in notes.items() if name.startswith("saelab"))
+    if not any(name in OURS for name in steps):
+        reasons = "; ".join(f"{name}: {note}" for name, note in notes.items() if name in OURS)
         raise gates.GateError(f"{problem.shape}: none of our steps may be timed ({reasons})")
     return steps, notes, differences
 

@@ -14,19 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def planted(n_tokens: int, width: int, *, n_directions: int, active: int, seed: int, draw: int = 0) -> Tensor:
+def planted(
+    n_tokens: int, width: int, *, n_directions: int, active: int, seed: int, draw: int = 0, device: str = "cpu"
+) -> Tensor:
     """Sums of ``active`` of ``n_directions`` unit vectors with random lengths plus a little noise, [n_tokens, width].
 
     Mean square 1 an entry, as saelab's normalised activations have. ``seed`` chooses the directions and how often each
-    is used (as 1/rank, as features of a language are), ``draw`` the tokens.
+    is used (as 1/rank, as features of a language are), ``draw`` the tokens. Another device draws other numbers.
     """
-    directions = F.normalize(torch.randn(n_directions, width, generator=torch.Generator().manual_seed(seed)), dim=1)
-    generator = torch.Generator().manual_seed(1_000_003 * seed + draw + 1)
-    odds = 1 / torch.arange(1, n_directions + 1)
+    fixed = torch.Generator(device=device).manual_seed(seed)
+    directions = F.normalize(torch.randn(n_directions, width, generator=fixed, device=device), dim=1)
+    generator = torch.Generator(device=device).manual_seed(1_000_003 * seed + draw + 1)
+    odds = 1 / torch.arange(1, n_directions + 1, device=device)
     chosen = torch.multinomial(odds, n_tokens * active, replacement=True, generator=generator).view(n_tokens, active)
-    lengths = 0.5 + torch.rand(n_tokens, active, generator=generator)
+    lengths = 0.5 + torch.rand(n_tokens, active, generator=generator, device=device)
     tokens = F.embedding_bag(chosen, directions, mode="sum", per_sample_weights=lengths)
-    tokens += 0.05 * torch.randn(n_tokens, width, generator=generator)
+    tokens += 0.05 * torch.randn(n_tokens, width, generator=generator, device=device)
     return tokens / tokens.pow(2).mean().sqrt()
 
 

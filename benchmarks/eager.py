@@ -55,8 +55,8 @@ class Dense:
         self.weights = initial_weights(problem)
         self.dead_rows = problem.dead.nonzero().flatten().to(problem.device)
         self.optimizer = torch.optim.Adam(self.weights, lr=problem.lr, betas=BETAS, eps=EPS, fused=True)
-        mode = "max-autotune-no-cudagraphs" if problem.device == "cuda" else "default"
-        self.loss: Callable[[Tensor], Tensor] = torch.compile(self._loss, mode=mode) if compiled else self._loss
+        # not max-autotune: it tries for minutes, and the products, which are nearly all of it, are cuBLAS's either way
+        self.loss: Callable[[Tensor], Tensor] = torch.compile(self._loss) if compiled else self._loss
 
     def step(self, x: Tensor) -> None:
         enabled = self.precision == torch.bfloat16
@@ -122,13 +122,14 @@ class Sparse:
         packed = [weight.detach()[self.dead_rows].requires_grad_() for weight in self.weights[:3]]
         aux_loss(centred, residual, *packed).backward()
         for gradient, rows in zip(gradients, packed, strict=True):
+            assert rows.grad is not None
             gradient.index_add_(0, self.dead_rows, rows.grad)
 
 
 def bag(rows: Tensor, indices: Tensor, acts: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Decoded tokens [N, d], and the function from their gradient to that of ``acts`` [N, k].
 
-    embedding_bag has a kernel for the gradient of its per-sample weights that makes no [N, k, d] temporary. On two cores
+    embedding_bag has a kernel for the gradient of its per-sample weights that makes no [N, k, d] temporary. On a CPU
     it takes a seventh of gathered rows times tokens, and a fourteenth of a dense product with a gather.
     """
     leaf = acts.requires_grad_()
@@ -174,6 +175,7 @@ def aux_loss(centred: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_
 def finish(weights: Weights, optimizer: torch.optim.Optimizer) -> None:
     """Projection, clipping, Adam, unit norm."""
     W_dec = weights.W_dec
+    assert W_dec.grad is not None
     along = torch.linalg.vecdot(W_dec.grad, W_dec)
     W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
     torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM)

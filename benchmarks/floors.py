@@ -6,7 +6,7 @@ overlap; on a CPU rows that stay in a cache move faster than the copy that is me
 
 from __future__ import annotations
 
-import statistics
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Floor(NamedTuple):
     def ms(self) -> float:
         return sum(self.terms.values())
 
-    def __add__(self, other: object) -> Floor:  # type: ignore[override]
+    def __add__(self, other: object) -> Floor:
         if not isinstance(other, Floor):
             return NotImplemented
         names = {**self.terms, **other.terms}
@@ -56,26 +56,26 @@ class Floor(NamedTuple):
 
 
 def measured_ceilings(shape: Shape, device: str, *, smoke: bool = False, repeats: int = 7) -> Ceilings:
-    """Copy bandwidth of the device, and its rate at the encoder's product of ``shape``."""
+    """Copy bandwidth of the device and its rate at the product of ``shape``: the best of some runs, as a ceiling is."""
     n_bytes = 2**22 if smoke else 2**28
     source = torch.ones(n_bytes // 4, device=device)
     target = torch.empty_like(source)
-    copy_s = _median_seconds(lambda: target.copy_(source), device, repeats)
+    copy_s = _least_seconds(lambda: target.copy_(source), device, repeats)
     del source, target
     features = min(shape.features, max(1, _LARGEST_PRODUCT // shape.tokens))
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.ones(shape.tokens, shape.width, device=device, dtype=dtype)
         W = torch.ones(features, shape.width, device=device, dtype=dtype)
-        seconds = _median_seconds(lambda x=x, W=W: x @ W.T, device, repeats)
+        seconds = _least_seconds(functools.partial(torch.matmul, x, W.T), device, repeats)
         rates[dtype] = 2 * shape.tokens * features * shape.width / seconds
     return Ceilings(2 * n_bytes / copy_s, rates[torch.bfloat16], rates[torch.float32])
 
 
-def _median_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+def _least_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
     clock = timer(run, device)
     clock()
-    return statistics.median(clock() for _ in range(repeats))
+    return min(clock() for _ in range(repeats))
 
 
 class Floors:

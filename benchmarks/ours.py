@@ -14,10 +14,10 @@ from benchmarks.problem import AUX_COEFFICIENT, BETAS, CLIP_NORM, EPS, Problem
 class Loop:
     """The step of saelab's training loop. Needs saelab installed, not only its kernels.
 
-    The problem's dead features stay the dead ones; with ``mark_dead`` those that were silent for ``dead_window`` tokens.
+    The problem's dead features stay so; after ``mark_dead`` they are those that were silent for ``dead_window`` tokens.
     """
 
-    def __init__(self, problem: Problem, *, dead_window: int = 10_000_000) -> None:
+    def __init__(self, problem: Problem, *, clip_norm: float = CLIP_NORM, dead_window: int = 10_000_000) -> None:
         from saelab.sae.architectures import new_sae
         from saelab.sae.topk import TopKConfig
         from saelab.train.dead import DeadFeatures
@@ -30,14 +30,11 @@ class Loop:
             self.sae.encoder.copy_(problem.directions)
             self.sae.W_dec.copy_(problem.directions)
             self.sae.b_enc.copy_(problem.b_enc)
-        self.optimizer = adam(self.sae, OptimConfig(lr=problem.lr, betas=BETAS))
-        self.set_lr(problem.lr)
+        self.lr = problem.lr
+        self.config = OptimConfig(betas=BETAS, clip_norm=clip_norm)
+        self.optimizer = adam(self.sae, self.config)
         self.dead = problem.dead.to(problem.device)
         self.silence = DeadFeatures(features, window_tokens=dead_window)
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def mark_dead(self) -> None:
         """Count as dead what has been silent for the window."""
@@ -48,14 +45,13 @@ class Loop:
         return Weights(self.sae.encoder, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec)
 
     def step(self, x: Tensor) -> None:
-        losses = self.sae.training_loss(x, dead=self.dead)
-        losses.total.backward()
-        self.sae.project_decoder_grad_()
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), CLIP_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.sae.normalise_decoder_()
-        self.silence.update(losses.fired, n_tokens=len(x))
+        from saelab.train.fused import fused_step_
+
+        gradient = self.sae.training_gradient(x, dead=self.dead)
+        if not torch.isfinite(gradient.losses.total):  # which the loop asks, and waits for, at every step
+            raise FloatingPointError("the loss is no number")
+        float(fused_step_(self.sae, self.optimizer, gradient.sparse, self.config, lr=self.lr))
+        self.silence.update(gradient.losses.fired, n_tokens=len(x))
 
 
 class Kernels:

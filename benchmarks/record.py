@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+_PLACES = ("--peer-python", "--out", "--workspace")
 TOPICS = ("ops", "train", "search", "quality")
 
 
@@ -41,7 +42,7 @@ def publish(
         "topic": topic,
         "device": device,
         "smoke": smoke,
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks", *_without_places(sys.argv[1:])]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(device),
         **facts,
@@ -55,6 +56,17 @@ def read(directory: Path = RESULTS) -> list[dict[str, Any]]:
     """All records of a directory, by topic in the order of TOPICS, then by device."""
     records = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("*_*.json"))]
     return sorted(records, key=lambda record: (TOPICS.index(record["topic"]), record["device"]))
+
+
+def _without_places(arguments: list[str]) -> list[str]:
+    """The arguments without those that say where things lie on this machine."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        if word in _PLACES:
+            next(words, None)
+        elif word.split("=")[0] not in _PLACES:
+            kept.append(word)
+    return kept
 
 
 def _version(package: str) -> str | None:

@@ -49,8 +49,8 @@ CPU = (Shape(2048, 576, 4608, 32), Shape(1024, 768, 16384, 64))
 #: Whole steps on a GPU.
 GPU_STEPS = (Shape(8192, 2304, 65536, 64), Shape(8192, 768, 65536, 64), Shape(8192, 768, 16384, 64))
 
-#: Single operations on a GPU: the table of floors that the kernels are designed by, those of which most is claimed first,
-#: since time may run out. What does not fit the device's memory is left out with a line that says so.
+#: Single operations on a GPU: the table of floors that the kernels are designed by, in the order of what is claimed, as
+#: time may run out. What does not fit the device's memory is left out with a line that says so.
 GPU = (
     Shape(8192, 2304, 65536, 64),
     Shape(8192, 768, 65536, 64),
@@ -72,10 +72,16 @@ GPU = (
 SMOKE = (Shape(48, 32, 256, 8),)
 
 
-def default(device: str, *, smoke: bool = False, whole_step: bool = False) -> tuple[Shape, ...]:
-    """The shapes for a device ("cpu", "cuda") when none are asked for."""
+#: Search: tokens are those of a chunk.
+SEARCH = {"cpu": (Shape(2048, 576, 16384, 32),), "cuda": (Shape(8192, 768, 16384, 32), Shape(8192, 2304, 65536, 64))}
+
+
+def default(device: str, topic: str, *, smoke: bool = False) -> tuple[Shape, ...]:
+    """The shapes of a topic ("ops", "train", "search", "quality") on a device ("cpu", "cuda") if none are asked for."""
     if smoke:
         return SMOKE
+    if topic == "search":
+        return SEARCH[device]
     if device == "cpu":
         return CPU
-    return GPU_STEPS if whole_step else GPU
+    return GPU if topic == "ops" else GPU_STEPS

@@ -41,9 +41,19 @@ def append(path: Path, line: str) -> None:
     Raises:
         ArtifactError: the disk is full or the file is not writable.
     """
+    with explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """A full disk, or one that is not writable, is told as one sentence about ``path``.
+
+    Raises:
+        ArtifactError: the system refused a write within the block.
+    """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        yield
     except OSError as error:
         _raise_explained(error, path)
         raise
@@ -85,18 +95,31 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for file in sorted(temporary.rglob("*")):
-            fsync(file)
-        fsync(temporary)
-        if path.exists():
-            _swap(temporary, path)
-        else:
-            os.replace(temporary, path)
-        fsync(path.parent)
+        put_directory(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _raise_explained(error, path)
         raise
+
+
+def put_directory(new: Path, path: Path) -> None:
+    """Fsync the directory ``new``, and rename it to ``path`` in the place of an older version.
+
+    A kill leaves the new one whole, under the one name or the other.
+
+    Raises:
+        ArtifactError: the system refused.
+    """
+    with explained(path):
+        _sweep_dead_writers(path)
+        for file in sorted(new.rglob("*")):
+            fsync(file)
+        fsync(new)
+        if path.exists():
+            _swap(new, path)
+        else:
+            os.replace(new, path)
+        fsync(path.parent)
 
 
 def _swap(new: Path, path: Path) -> None:

@@ -23,23 +23,28 @@ SELECTION = "feature"
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], palette: Palette) -> Spec:
-    """Firings by activation; the counts span decades, so their axis is logarithmic."""
+    """Firings by activation. Both axes are logarithmic: the bins are of equal ratio, and the counts span decades.
+
+    The lowest bin takes all that is below and begins at 0, which has no logarithm: it is drawn half an octave wide.
+    """
     floor = 0.7  # a bar of one firing must have a height
     values = [
-        {"from": low, "to": high, "n": n, "floor": floor}
+        {"from": low or high / math.sqrt(2), "to": high, "n": n, "floor": floor, "range": f"{low:.3g} to {high:.3g}"}
         for (low, high), n in zip(pairwise(edges), counts, strict=True)
         if n
     ]
     most = max(max(counts), 2)
+    domain = [values[0]["from"] if values else edges[-1] / 2, edges[-1]]
     return _framed(165, values, palette) | {
         "mark": {"type": "bar", "color": palette.bar, "binSpacing": 0.6},
         "encoding": {
-            "x": _binned([0, edges[-1]]) | _axis(palette, "activation", grid=False, ticks=6),
+            "x": _binned(domain, log=True)
+            | _axis(palette, "activation", grid=False, values=_ones_twos_fives(*domain), format="~g"),
             "x2": {"field": "to"},
             "y": _field("n", [floor, most * 1.15], log=True)
             | _axis(palette, "tokens", values=_decades(1, most), format="~s"),
             "y2": {"field": "floor"},
-            "tooltip": [_told("from", ".2f"), _told("to", ".2f"), _told("n", ",", "tokens")],
+            "tooltip": [_told("range", None, "activation"), _told("n", ",", "tokens")],
         },
     }
 
@@ -171,8 +176,8 @@ def _field(name: str, domain: Sequence[float], *, log: bool = False) -> Spec:
     }
 
 
-def _binned(domain: Sequence[float]) -> Spec:
-    return _field("from", domain) | {"bin": {"binned": True}}
+def _binned(domain: Sequence[float], *, log: bool = False) -> Spec:
+    return _field("from", domain, log=log) | {"bin": {"binned": True}}
 
 
 def _axis(

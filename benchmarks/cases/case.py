@@ -10,8 +10,8 @@ from benchmarks.floors import Floor
 
 #: Error of a float32 result from the same inputs: rounding of sums of some thousand terms.
 FLOAT32 = 1e-5
-#: Error that a result may have for being timed as an alternative. It only keeps nonsense out: products in bfloat16 choose
-#: other features at the border, which is what they are faster for.
+#: Error that a result may have for being timed as an alternative. It only keeps nonsense out: products in bfloat16
+#: choose other features at the border.
 ALTERNATIVE = 0.2
 
 

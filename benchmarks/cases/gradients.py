@@ -170,9 +170,8 @@ def aux_dead(inputs: Inputs, floors: Floors) -> list[Case]:
     # where that fits
     wide = torch.float64 if centred.numel() + centred.shape[0] * len(rows) < 2**27 else torch.float32
     every = torch.arange(len(rows), device=inputs.device)
-    expected = reference.aux_dead(
-        every, residual.to(wide), centred.to(wide), *(part[rows].to(wide) for part in weights), k_aux
-    )
+    dead = [part[rows].to(wide) for part in weights]
+    expected = reference.aux_dead(every, residual.to(wide), centred.to(wide), dead[0], dead[1], dead[2], k_aux)
 
     def error(result: Any) -> float:
         loss, *gradients = result
@@ -228,9 +227,7 @@ def _expected_step(kept: list[Any], sparse: Any, indices: Tensor, features: Tens
     """The reference's step in float64 on the sampled features alone, whose rows depend on no other feature."""
     layer, means, squares = (type(state)(*(part.double() for part in state)) for state in kept)
     pairs, _ = restricted(indices, sparse.top_acts, features)
-    doubles = {
-        name: value.double() for name, value in sparse._asdict().items() if isinstance(value, Tensor)
-    }
+    doubles = {name: value.double() for name, value in sparse._asdict().items() if isinstance(value, Tensor)}
     sampled = sparse._replace(**doubles, pairs=pairs)._replace(b_enc=doubles["b_enc"][features])
     reference.feature_step(layer, means, squares, sampled, adam)
     return layer

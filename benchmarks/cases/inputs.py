@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,7 @@ class Inputs:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.generator = torch.Generator(device=device).manual_seed(0)
         n, width, features, _ = shape
-        tokens = planted(n, width, n_directions=max(64, 2 * width), active=16, seed=0)
-        self.x = tokens.to(device, self.dtype)
+        self.x = planted(n, width, n_directions=max(64, 2 * width), active=16, seed=0, device=device).to(self.dtype)
         self.grad = self.normal(n, width) / n
         self.W_enc = F.normalize(self.normal(features, width), dim=1)
         self.W_dec = F.normalize(self.normal(features, width), dim=1)
@@ -69,10 +69,8 @@ class Inputs:
 def exact_pre_acts(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """``x @ W.T + b`` in float64, some features at a time: a float64 copy of W may not fit."""
     x = x.double()
-    return torch.cat(
-        [F.linear(x, W_part.double(), b_part.double()) for W_part, b_part in zip(W.split(2**14), b.split(2**14), strict=True)],
-        dim=1,
-    )  # fmt: skip
+    parts = zip(W.split(2**14), b.split(2**14), strict=True)
+    return torch.cat([F.linear(x, rows.double(), biases.double()) for rows, biases in parts], dim=1)
 
 
 def packed(indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,10 +83,11 @@ def exact_sums(indices: Tensor, coefficients: Tensor, vectors: Tensor, features:
     """For each of ``features`` the sum over its pairs of coefficients [N, k] times vectors [N, d], in float64."""
     from saelab_kernels.grads import reference
 
-    return reference.weighted_sums(*restricted(indices, coefficients, features), vectors.double())
+    pairs, values = restricted(indices, coefficients, features)
+    return reference.weighted_sums(pairs, values, vectors.double())
 
 
-def restricted(indices: Tensor, coefficients: Tensor, features: Tensor):
+def restricted(indices: Tensor, coefficients: Tensor, features: Tensor) -> tuple[Any, Tensor]:
     """The pairs of ``features`` (ascending) alone, as features 0, 1, 2, ..., and their coefficients in float64."""
     from saelab_kernels import Pairs
 

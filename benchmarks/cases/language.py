@@ -31,7 +31,8 @@ def vocabulary(inputs: Inputs) -> Vocabulary:
 
 def token_logps(inputs: Inputs, floors: Floors) -> list[Case]:
     """Against cross_entropy of all logits, in float32 as trainers hold them."""
-    from saelab_kernels.logps import reference, token_logps as ours
+    from saelab_kernels.logps import reference
+    from saelab_kernels.logps import token_logps as ours
 
     size = vocabulary(inputs)
     hidden, W_U = inputs.x[: size.tokens], inputs.normal(size.entries, inputs.shape.width) / inputs.shape.width**0.5

@@ -28,7 +28,7 @@ class Peer:
 
     def __init__(self, name: str, problem: Problem, python: Path) -> None:
         self.name, self.lr = name, problem.lr
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed with the process
         self._process = subprocess.Popen(
             [str(python), "-m", "benchmarks.peers.serve"],
             cwd=ROOT,

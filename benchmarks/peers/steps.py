@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +43,7 @@ class SAELens:
             self.sae.b_enc.copy_(problem.b_enc)
             self.sae.b_dec.zero_()
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=problem.lr, betas=BETAS, eps=EPS)
-        self.autocast = (
-            torch.autocast(problem.device, dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
-        )
+        self.autocast = torch.autocast(problem.device, dtype=torch.bfloat16) if autocast else contextlib.nullcontext()
         self.dead = problem.dead.to(problem.device)
         self.passes_since_fired = torch.zeros(d_sae, device=problem.device)
         self.firings = torch.zeros(d_sae, device=problem.device)
@@ -152,13 +151,34 @@ class Sparsify:
         return _mean_square(self.problem, lambda x: self.coder(x).sae_out.float())
 
 
+class Control:
+    """Our own dense step in plain torch, to see that a process of its own changes no time."""
+
+    package = "torch"
+
+    def __init__(self, problem: Problem) -> None:
+        from benchmarks.eager import Dense
+
+        self.problem, self.dense = problem, Dense(problem)
+        self.optimizer = self.dense.optimizer
+
+    def step(self, x: Tensor) -> None:
+        self.dense.step(x)
+
+    def held_out_error(self) -> float:
+        from benchmarks.eager import held_out_error
+
+        return held_out_error(self.dense.weights, self.problem)
+
+
 #: name on the command line and in results -> class and options
-PEERS = {
+PEERS: dict[str, tuple[Any, dict[str, bool]]] = {
     "sae-lens": (SAELens, {}),
     "sae-lens autocast": (SAELens, {"autocast": True}),
     "sae-lens sparse": (SAELens, {"sparse": True}),
     "dictionary_learning": (DictionaryLearning, {}),
     "sparsify": (Sparsify, {}),
+    "control: torch dense float32": (Control, {}),
 }
 
 

@@ -19,6 +19,7 @@ from saelab_kernels.dots.ragged import ragged_dot
 from saelab_kernels.encode import TopK, encode_topk
 from saelab_kernels.grads import feature_grad, feature_sum
 from saelab_kernels.jumprelu import JumpReLU, encode_jumprelu
+from saelab_kernels.logps import token_logps
 from saelab_kernels.pairs import Pairs, pairs_by_feature, ragged_pairs
 from saelab_kernels.ragged import Ragged
 from saelab_kernels.revive import AuxDead, aux_dead, aux_loss
@@ -59,5 +60,6 @@ __all__ = [
     "ragged_pairs",
     "sampled_dot",
     "sparse_decode",
+    "token_logps",
     "topk_gradient",
 ]

@@ -104,6 +104,10 @@ def _stated(choice: Choice) -> Choice:
     return choice
 
 
-def path_for(weights: Tensor, k: int, *, gathers: bool = True) -> str:
-    """Name of the path for feature-major ``weights`` [F, d] and k active features."""
-    return choose(weights.device, n_features=len(weights), k=k, gathers=gathers).name
+def path_for(weights: Tensor, k: int, *, gathers: bool = True, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the path for feature-major ``weights`` [F, d] and k active features, computing in ``dtype``.
+
+    Float64 is for checks: the fused kernels add in float32, so the reference takes their place.
+    """
+    path = choose(weights.device, n_features=len(weights), k=k, gathers=gathers).name
+    return "reference" if path == "fused" and dtype != torch.float32 else path

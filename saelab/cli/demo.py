@@ -32,9 +32,8 @@ def demo(
     SmolLM2-135M-Instruct reads a Wikipedia extract, a TopK SAE is trained on what it computes, evaluated, indexed and
     steered; both model and text come from the Python package index.
     """
-    from saelab.cli import evaluate, explore, features, index
+    from saelab.cli import evaluate, explore, features
     from saelab.evals.reconstruction import EvalConfig
-    from saelab.features.config import IndexConfig
     from saelab.features.index import FeatureIndex
     from saelab.models.demo import demo_model_dir
 
@@ -47,7 +46,7 @@ def demo(
         "measure it on held-out text",
         lambda: evaluate.run_evaluation(out, EvalConfig(tokens=6_000), device=device),
     )
-    _stage("index", "look at every feature", lambda: index.run_indexing(out, IndexConfig(), device=device))
+    _stage("index", "look at every feature", lambda: _index(out, device))
     built = FeatureIndex.open(out)
     chosen = built.most_token_specific(3)
     texts = [_steered(out, feature, device) for feature in chosen]
@@ -126,6 +125,16 @@ def _cache(out: Path, device: str | None) -> None:
 
     if not (out / "DONE").exists():
         cache.run_capture(cache_settings(), out, resume=(out / "run.json").exists(), device=device)
+
+
+def _index(out: Path, device: str | None) -> None:
+    from saelab.cli import index
+    from saelab.features.config import IndexConfig
+
+    if index.is_begun(out / "index"):
+        index.resume_indexing(out / "index", device=device)
+    else:
+        index.run_indexing(out, IndexConfig(), device=device)
 
 
 def _train(activations: Path, out: Path, device: str | None) -> None:

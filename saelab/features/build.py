@@ -1,13 +1,13 @@
-"""Build an index: one encode pass over the activations, then every feature from its own pairs, block by block.
+"""Build an index: one pass over the activations, then every feature from its own pairs, block by block.
 
-The result is the same for any chunking of the encode pass and any size of the blocks: every order is total, and every
-sample is chosen by a hash of what it samples.
+The result is the same for any chunking of the pass, any size of the blocks and however often the pass was killed and
+resumed: every order is total, every sample is chosen by a hash of what it samples, and what is added up are integers.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors.numpy import save_file
 
 from saelab import atomic, rundir
@@ -24,6 +24,7 @@ from saelab.errors import ArtifactError, ShapeError
 from saelab.features import codes, examples, index, label, logits, neighbours, statistics
 from saelab.features.config import IndexConfig
 from saelab.features.records import Label
+from saelab.features.scan import CHECKPOINTS, CODES, FoundFeatures, scan
 
 if TYPE_CHECKING:
     from saelab.activations.store import ActivationStore
@@ -53,18 +54,29 @@ class Corpus(NamedTuple):
         """Place in the store of each indexed position."""
         return (self.rows[:, None] * self.context + np.arange(self.context)).reshape(-1)
 
+    def places(self, store_positions: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """The indexed position of each place in the store; -1 stays."""
+        row = np.searchsorted(self.rows, store_positions // self.context)
+        return np.where(store_positions < 0, -1, row * self.context + store_positions % self.context)
+
 
 class Described(NamedTuple):
     """What the pairs of a block of features give; arrays by feature."""
 
-    statistics: statistics.Statistics
-    positions: Int[np.ndarray, "features slots"]
-    """Top examples, then those of each interval."""
+    quantiles: Float[np.ndarray, "features 3"]
     windows: examples.Windows
     n_clear: Int[np.ndarray, " features"]
     n_clear_held_out: Int[np.ndarray, " features"]
     tokens: label.Specific
     rules: tuple[label.Rules, ...]
+
+
+class Chosen(NamedTuple):
+    """The examples of each feature."""
+
+    positions: Int[np.ndarray, "features slots"]
+    """In the store: top examples, then those of each interval; -1 where a slot is empty."""
+    interval_edges: Float[np.ndarray, "features intervals_plus_1"]
 
 
 class Related(NamedTuple):
@@ -94,40 +106,57 @@ def build(
     *,
     settings: IndexConfig,
     sae_path: Path | None,
+    resume: bool = False,
     progress: Progress | None = None,
     chunk_rows: int = 64,
+    checkpoint_chunks: int = 16,
     block_pairs: int = codes.BLOCK_PAIRS,
 ) -> None:
     """Write the index of ``sae`` over ``store`` into the empty or absent directory ``out``.
 
-    Memory: about 100 bytes for each pair of the largest block, 24 for each indexed token, and 8 for each token of an
-    example's window (features x (n_examples + n_intervals x per_interval) x window). Disk, while it runs: 8 bytes for
-    each pair.
+    With ``resume`` a build in ``out`` that was interrupted goes on from its last checkpoint, a finished one stays.
+
+    Memory: about 100 bytes for each pair of the largest block, 24 for each indexed token, 8 for each token of an
+    example's window (features x (n_examples + n_intervals x per_interval) x window), and the state of the pass
+    (``scan.memory_bytes``). Disk, while it runs: 8 bytes for each pair.
 
     Raises:
-        ArtifactError: ``out`` is in use, the disk is full, or the store does not hold the SAE's hook.
+        ArtifactError: ``out`` is in use, the disk is full, the store does not hold the SAE's hook, or what is resumed
+            was begun with other settings or other inputs.
         ShapeError: the SAE reads another width than the store holds.
     """
     hook_name = sae.metadata.hook_name
     _check_fit(sae, store, hook_name)
-    parents = {"activations": store.path} | ({"sae": sae_path} if sae_path else {})
-    stage = rundir.StageWriter.create(out, stage="index", config=configs.to_mapping(settings), parents=parents)
+    if resume and (out / "DONE").exists():
+        return
+    stage = _stage(out, settings, store, sae_path, resume=resume)
     corpus = _corpus(store, settings.max_tokens)
     views, split = label.views(corpus.tokens, model.d_vocab), label.halves(corpus.docs, seed=settings.seed)
-    with tempfile.TemporaryDirectory(prefix="codes.part-", dir=out) as folder:
-        found = codes.encode(
-            sae, store, corpus.rows, Path(folder), hook_name=hook_name, chunk_rows=chunk_rows, progress=progress
+    pairs, found = scan(
+        sae,
+        store,
+        corpus.rows,
+        out,
+        hook_name=hook_name,
+        settings=settings,
+        chunk_rows=chunk_rows,
+        checkpoint_chunks=checkpoint_chunks,
+        progress=progress,
+    )
+    chosen = _choose(found, settings)
+    blocks = []
+    for low, high in codes.blocks(found.n_fired, max_pairs=block_pairs):
+        places = corpus.places(chosen.positions[low:high])
+        blocks.append(
+            _describe(codes.by_feature(pairs, low, high), found.max[low:high], places, corpus, views, split, settings)
         )
-        blocks = []
-        for low, high in codes.blocks(found.n_fired, max_pairs=block_pairs):
-            blocks.append(_describe(codes.by_feature(found, low, high), low, corpus, views, split, settings))
-            if progress:
-                progress(high, len(found.n_fired), "features described")
-        described: Described = _joined(blocks)
-        related = _relate(sae, model, found, corpus, settings, progress)
+        if progress:
+            progress(high, len(found.n_fired), "features described")
+    described: Described = _joined(blocks)
+    related = _relate(sae, model, pairs, corpus, settings, progress)
     vocabulary = model.str_tokens(list(range(model.d_vocab)))
-    written = _write_words(described, related, views, corpus, vocabulary, settings)
-    _save_all(out, described, related, written, corpus, store, vocabulary)
+    written = _write_words(found, described, related, views, corpus, vocabulary, settings)
+    _save_all(out, found, chosen, described, related, written, corpus, store, vocabulary, settings)
     manifest = index.IndexManifest(
         schema=index.SCHEMA,
         n_features=len(written.labels),
@@ -147,7 +176,24 @@ def build(
         files=tuple(_entry(out / name) for name in (index.TABLE, *index.TENSORS, *index.TEXTS)),
     )
     atomic.write_json(out / "index.json", configs.to_mapping(manifest))
+    for name in (CODES, CHECKPOINTS):
+        shutil.rmtree(out / name)
     stage.finish()
+
+
+def _stage(
+    out: Path, settings: IndexConfig, store: ActivationStore, sae_path: Path | None, *, resume: bool
+) -> rundir.StageWriter:
+    """The directory to build in, new or, with ``resume``, one that was begun alike."""
+    plain = configs.to_mapping(settings)
+    if resume and (out / "run.json").exists():
+        if rundir.read_run(out, "index")["config"] != plain:
+            raise ArtifactError(
+                f"{out} was started with other settings; resume with those in its run.json, or choose another --out"
+            )
+        return rundir.StageWriter.resume(out, stage="index")
+    parents = {"activations": store.path} | ({"sae": sae_path} if sae_path else {})
+    return rundir.StageWriter.create(out, stage="index", config=plain, parents=parents)
 
 
 def _check_fit(sae: SAE, store: ActivationStore, hook_name: str) -> None:
@@ -169,37 +215,31 @@ def _corpus(store: ActivationStore, max_tokens: int | None) -> Corpus:
     return Corpus(rows, np.asarray(store.tokens(rows), np.int32), np.asarray(store.docs(rows), np.int32))
 
 
+def _choose(found: FoundFeatures, settings: IndexConfig) -> Chosen:
+    sampled = examples.interval_examples(found.sample, found.max, n_intervals=settings.n_intervals)
+    slots = sampled.positions.reshape(len(found.max), -1)
+    return Chosen(np.concatenate([found.top_positions, slots], axis=1), sampled.edges)
+
+
 def _describe(
     pairs: codes.Pairs,
-    low: int,
+    maxima: Float[np.ndarray, " features"],
+    places: Int[np.ndarray, "features slots"],
     corpus: Corpus,
     views: tuple[label.View, ...],
     split: label.Halves,
     settings: IndexConfig,
 ) -> Described:
-    """The features of a block, whose first has number ``low``."""
-    stats = statistics.feature_statistics(pairs, n_bins=settings.n_bins)
-    top = examples.top_positions(pairs, context=corpus.context, n=settings.n_examples)
-    sampled = examples.interval_positions(
-        pairs,
-        stats.max,
-        n_intervals=settings.n_intervals,
-        per_interval=settings.per_interval,
-        seed=settings.seed,
-        first_feature=low,
-        store_positions=corpus.store_positions(),
-    )
-    positions = np.concatenate([top, sampled.reshape(len(top), -1)], axis=1)
-    clear, rules = pairs.above(label.CLEAR * stats.max), []
+    """The features of a block, with ``places`` the indexed positions of their examples."""
+    clear, rules = pairs.above(label.CLEAR * maxima), []
     for view in views:
         counts = label.count_firings(pairs, clear, view, split)
         rules.append(label.best_rules(counts))
         if view.kind == "token":
             tokens = label.specific_items(counts, n=settings.n_tokens_kept)
     return Described(
-        statistics=stats,
-        positions=positions,
-        windows=examples.windows(pairs, positions, corpus.tokens, window=settings.window, after=settings.after),
+        quantiles=statistics.quantiles(pairs),
+        windows=examples.windows(pairs, places, corpus.tokens, window=settings.window, after=settings.after),
         n_clear=clear.n_fired,
         n_clear_held_out=counts.total.held_out,  # the same in every view
         tokens=tokens,
@@ -217,15 +257,15 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def _relate(
-    sae: SAE, model: Model, found: codes.Codes, corpus: Corpus, settings: IndexConfig, progress: Progress | None
+    sae: SAE, model: Model, pairs: codes.Codes, corpus: Corpus, settings: IndexConfig, progress: Progress | None
 ) -> Related:
     def done(n: int) -> None:
         if progress:
             progress(n, 3, "neighbours and logits")
 
     hook_name, W_dec, W_U = sae.metadata.hook_name, sae.W_dec.detach(), model.unembed[:, : model.d_vocab]
-    sample = neighbours.coactivation_sample(found, corpus.store_positions(), seed=settings.seed)
-    by_coactivation = neighbours.by_coactivation(found, sample, n=settings.n_neighbours)
+    sample = neighbours.coactivation_sample(pairs, corpus.store_positions(), seed=settings.seed)
+    by_coactivation = neighbours.by_coactivation(pairs, sample, n=settings.n_neighbours)
     done(1)
     by_cosine = neighbours.by_cosine(W_dec, n=settings.n_neighbours)
     done(2)
@@ -239,6 +279,7 @@ def _relate(
 
 
 def _write_words(
+    found: FoundFeatures,
     described: Described,
     related: Related,
     views: tuple[label.View, ...],
@@ -252,9 +293,8 @@ def _write_words(
         for ids, z in zip(effects.promoted_ids.tolist(), effects.z.tolist(), strict=True)
     ]
     families = list(zip(views, described.rules, strict=True))
-    n_fired = described.statistics.n_fired
-    labels = label.write_labels(families, described.n_clear_held_out, n_fired, promotes, vocabulary)
-    top = described.positions[:, : settings.n_examples]
+    labels = label.write_labels(families, described.n_clear_held_out, found.n_fired, promotes, vocabulary)
+    top = corpus.places(found.top_positions)
     return Written(labels, promotes, _top_tokens(top, corpus.tokens, vocabulary))
 
 
@@ -270,25 +310,28 @@ def _top_tokens(
 
 def _save_all(
     out: Path,
+    found: FoundFeatures,
+    chosen: Chosen,
     described: Described,
     related: Related,
     written: Written,
     corpus: Corpus,
     store: ActivationStore,
     vocabulary: list[str],
+    settings: IndexConfig,
 ) -> None:
     # -1, an empty slot, picks the -1 at the end
-    store_positions = np.append(corpus.store_positions(), -1)[described.positions]
-    docs = np.append(corpus.docs.reshape(-1), -1)[described.positions].astype(np.int32)
+    docs = np.append(corpus.docs.reshape(-1), -1)[corpus.places(chosen.positions)].astype(np.int32)
     windows, effects, tokens = described.windows, related.effects, described.tokens
     _save(
         out / "examples.safetensors",
         {
-            "positions": store_positions,
+            "positions": chosen.positions,
             "token_ids": windows.token_ids,
             "acts": windows.acts,
             "peaks": windows.peaks.astype(np.int16),
             "docs": docs,
+            "interval_edges": chosen.interval_edges,
         },
     )
     _save(
@@ -309,7 +352,8 @@ def _save_all(
             "coactivation_scores": related.by_coactivation.scores,
         },
     )
-    _save(out / "histograms.safetensors", {"counts": described.statistics.histogram.astype(np.int64)})
+    counts, edges = statistics.histograms(found.bin_counts, found.max, n_bins=settings.n_bins)
+    _save(out / "histograms.safetensors", {"counts": counts, "edges": edges})
     _save(
         out / "tokens.safetensors",
         {
@@ -320,25 +364,27 @@ def _save_all(
         },
     )
     with atomic.replacing(out / index.TABLE) as file:
-        pq.write_table(_table(described, effects, written, corpus.n_tokens), file)
+        pq.write_table(_table(found, described, effects, written, corpus.n_tokens), file)
     _write_text(out / "vocabulary.json", vocabulary)
     titles = {str(doc): store.documents[doc].title for doc in np.unique(docs[docs >= 0]).tolist()}
     _write_text(out / "titles.json", titles)
 
 
-def _table(described: Described, effects: logits.LogitTable, written: Written, n_tokens: int) -> pa.Table:
-    stats, labels = described.statistics, written.labels
+def _table(
+    found: FoundFeatures, described: Described, effects: logits.LogitTable, written: Written, n_tokens: int
+) -> pa.Table:
+    labels, quantiles = written.labels, described.quantiles.astype(np.float32)
     return pa.table(
         {
             "feature": np.arange(len(labels), dtype=np.int32),
-            "density": stats.n_fired / n_tokens,
-            "n_fired": stats.n_fired,
+            "density": found.n_fired / n_tokens,
+            "n_fired": found.n_fired,
             "n_clear": described.n_clear,
-            "max": stats.max,
-            "mean": stats.mean.astype(np.float32),
-            "q50": stats.quantiles[:, 0].astype(np.float32),
-            "q90": stats.quantiles[:, 1].astype(np.float32),
-            "q99": stats.quantiles[:, 2].astype(np.float32),
+            "max": found.max,
+            "mean": found.mean.astype(np.float32),
+            "q50": quantiles[:, 0],
+            "q90": quantiles[:, 1],
+            "q99": quantiles[:, 2],
             "label": [each.text for each in labels],
             "label_kind": [each.kind for each in labels],
             "label_precision": pa.array([each.precision for each in labels], pa.float64()),

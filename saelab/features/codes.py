@@ -1,4 +1,4 @@
-"""Encode cached activations into sparse pairs (position, feature, value), kept on disk and read feature by feature.
+"""Sparse activations as pairs (position, feature, value), written to disk row by row and read feature by feature.
 
 A position is ``row * context + column`` among the indexed rows. Position-major pairs go to two flat files, 8 bytes a
 pair; ``by_feature`` turns a block of features over to feature-major order, in which every statistic is a segment of an
@@ -7,24 +7,19 @@ array. Memory is bounded by the largest block (16 bytes a pair of it), not by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse
-import torch
 from jaxtyping import Float, Int
 
 from saelab import atomic
-
-if TYPE_CHECKING:
-    from saelab.activations.store import ActivationStore
-    from saelab.sae.base import SAE
-
-Progress = Callable[[int, int, str], None]
+from saelab.errors import ArtifactError
 
 #: Pairs turned over at a time; what is computed from them needs about 100 bytes a pair, so 0.8 GB.
 BLOCK_PAIRS = 1 << 23
@@ -73,47 +68,67 @@ class Pairs:
         return Pairs(np.concatenate([[0], np.cumsum(n_kept)]), self.positions[kept], self.values[kept])
 
 
-@torch.inference_mode()
-def encode(
-    sae: SAE,
-    store: ActivationStore,
-    rows: Int[np.ndarray, " rows"],
-    folder: Path,
-    *,
-    hook_name: str,
-    chunk_rows: int = 64,
-    progress: Progress | None = None,
-) -> Codes:
-    """Feature activations of every position of ``rows`` but the first (BOS), written to ``folder`` and memory-mapped.
+class CodesFiles:
+    """The pairs on disk, appended row by row: ``features.bin``, ``values.bin``, and how many each position has in
+    ``counts.bin``. What was appended after the last ``sync`` may be lost in a kill, and ``cut`` drops it."""
 
-    Raises:
-        ArtifactError: the disk is full.
-    """
-    d_sae, context = sae.W_dec.shape[0], store.context
-    n_active = np.zeros((len(rows), context), np.int64)
-    n_fired = np.zeros(d_sae, np.int64)
-    features_file, values_file = folder / "features.bin", folder / "values.bin"
-    with (
-        atomic.replacing(features_file) as features_part,
-        atomic.replacing(values_file) as values_part,
-        features_part.open("wb") as features_out,
-        values_part.open("wb") as values_out,
-    ):
-        for start in range(0, len(rows), chunk_rows):
-            chunk = rows[start : start + chunk_rows]
-            acts = store.acts(hook_name, chunk)[:, 1:].to(sae.W_dec.device, torch.float32)
-            codes = sae.sparse_codes(acts.reshape(-1, acts.shape[-1]))
-            fires = codes.values > 0
-            positions, features = codes.rows[fires].cpu().numpy(), codes.features[fires].cpu().numpy()
-            counts = np.bincount(positions, minlength=len(chunk) * (context - 1))
-            n_active[start : start + len(chunk), 1:] = counts.reshape(len(chunk), context - 1)
-            n_fired += np.bincount(features, minlength=d_sae)
-            features_out.write(features.astype(np.int32).tobytes())
-            values_out.write(codes.values[fires].float().cpu().numpy().tobytes())
-            if progress:
-                progress(min(start + chunk_rows, len(rows)), len(rows), "rows encoded")
-    offsets = np.concatenate([[0], np.cumsum(n_active)])
-    return Codes(offsets, _mapped(features_file, np.int32), _mapped(values_file, np.float32), n_fired)
+    def __init__(self, folder: Path, *, context: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.context = context
+        self.features, self.values, self.counts = (folder / f"{name}.bin" for name in ("features", "values", "counts"))
+
+    def cut(self, n_rows: int) -> None:
+        """Keep the first ``n_rows`` rows.
+
+        Raises:
+            ArtifactError: there are fewer.
+        """
+        for file in self._all():
+            file.touch()
+        n_positions = n_rows * self.context
+        counts = np.fromfile(self.counts, np.int32, n_positions)
+        n_pairs = int(counts.sum())
+        for file, n in zip(self._all(), (n_pairs, n_pairs, n_positions), strict=True):
+            if file.stat().st_size < 4 * n:
+                raise ArtifactError(f"{file} is damaged (it is shorter than its checkpoint says); start anew")
+            os.truncate(file, 4 * n)
+
+    def append(
+        self,
+        positions: Int[np.ndarray, " pairs"],
+        features: Int[np.ndarray, " pairs"],
+        values: Float[np.ndarray, " pairs"],
+        *,
+        n_rows: int,
+    ) -> None:
+        """The pairs of the next ``n_rows`` rows by position, which is counted from the first of these rows.
+
+        Raises:
+            ArtifactError: the disk is full.
+        """
+        counts = np.bincount(positions, minlength=n_rows * self.context)
+        columns = features.astype(np.int32), values.astype(np.float32), counts.astype(np.int32)
+        for file, column in zip(self._all(), columns, strict=True):
+            with atomic.explained(file), file.open("ab") as stream:
+                stream.write(column.tobytes())
+
+    def sync(self) -> None:
+        """Force what was appended to the disk.
+
+        Raises:
+            ArtifactError: it is full.
+        """
+        for file in self._all():
+            with atomic.explained(file):
+                atomic.fsync(file)
+
+    def read(self, n_fired: Int[np.ndarray, " features"]) -> Codes:
+        """Everything appended, memory-mapped."""
+        offsets = np.concatenate([[0], np.cumsum(np.fromfile(self.counts, np.int32), dtype=np.int64)])
+        return Codes(offsets, _mapped(self.features, np.int32), _mapped(self.values, np.float32), n_fired)
+
+    def _all(self) -> tuple[Path, Path, Path]:
+        return self.features, self.values, self.counts
 
 
 def blocks(n_fired: Int[np.ndarray, " features"], *, max_pairs: int = BLOCK_PAIRS) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ class IndexConfig:
     after: int = 7
     """How many of them stand after the peak, where the row allows it."""
     n_intervals: int = 5
-    """Equal-width activation intervals between 0 and the feature's maximum."""
+    """Activation intervals downwards from the feature's maximum, each an octave; the lowest takes all that is below."""
     per_interval: int = 5
     """Examples drawn from each interval."""
     n_logits: int = 10
@@ -32,7 +32,7 @@ class IndexConfig:
     n_tokens_kept: int = 16
     """Tokens on which the feature fires most often, kept for the search by token."""
     n_bins: int = 50
-    """Bins of the activation histogram."""
+    """Bins of the activation histogram downwards from the maximum, 8 an octave; the lowest takes all that is below."""
     max_tokens: int | None = None
     """Index only the first rows that hold this many tokens; none reads the whole store."""
     seed: int = 0

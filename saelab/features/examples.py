@@ -1,9 +1,10 @@
-"""Which positions show what a feature does, and the text around them.
+"""Which firings stand for the range of a feature's activations, and the text around chosen positions.
 
-Top examples are ordered by value (highest first), then by position: a total order, so the same pairs always give the
-same list. Each row of the store gives at most one, its highest position (the first of equals), so that the list is not
-one burst. Interval examples are a uniform sample of the firings in each of several equal-width intervals of activation:
-those with the smallest hash of (seed, feature, position in the store).
+Interval examples are a uniform sample of the firings in each of several intervals of activation, downwards from the
+maximum: those with the smallest hash of (seed, feature, position in the store). An interval is an octave, so each
+begins at half the height of the one above; the highest is cut by the maximum and begins between a half and three
+quarters of it; the lowest takes all that is below. Such intervals, unlike equal shares of the maximum, are unions of
+bins that a single pass can sample before it knows the maximum.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt64
+import torch
+from jaxtyping import Float, Int
 
 from saelab.features.codes import Pairs
-from saelab.features.segments import first_n, first_of_run, positive_bits, segment_max
-from saelab.features.statistics import activation_bin
+from saelab.features.scan import BINS, GROUP
+from saelab.features.statistics import edges_below, top_bin
+from saelab_kernels.search import TopState, empty_top, merge_top_
+
+#: Sampled groups of bins in an interval: two half octaves.
+_PER_INTERVAL = 2
 
 
 class Windows(NamedTuple):
@@ -27,51 +33,31 @@ class Windows(NamedTuple):
     """Index of the chosen position in its window."""
 
 
-def top_positions(pairs: Pairs, *, context: int, n: int) -> Int[np.ndarray, "features n"]:
-    """The ``n`` highest activations of each feature, one from each row; -1 where there are fewer."""
-    features = pairs.features
-    rows = pairs.positions // context
-    starts = np.flatnonzero(first_of_run(features, rows))
-    if not len(starts):
-        return np.full((pairs.n_features, n), -1)
-    ends = np.append(starts[1:], len(features))
-    peak_values = segment_max(pairs.values, np.append(starts, len(features)))
-    is_peak = pairs.values == np.repeat(peak_values, ends - starts)
-    # the first position of each run that reaches the run's peak
-    at = np.flatnonzero(is_peak)
-    at = at[first_of_run(features[at], rows[at])]
-    at = at[_among_highest(features[at], pairs.values[at], pairs.n_features, n)]
-    order = np.lexsort((pairs.positions[at], -pairs.values[at], features[at]))
-    return first_n(features[at][order], pairs.positions[at][order], pairs.n_features, n)
+class IntervalExamples(NamedTuple):
+    """From the lowest interval to the highest."""
+
+    positions: Int[np.ndarray, "features intervals per_interval"]
+    """In the store; -1 where there are fewer."""
+    edges: Float[np.ndarray, "features intervals_plus_1"]
+    """Where each interval begins and, last, the maximum; from 0."""
 
 
-def interval_positions(
-    pairs: Pairs,
-    maxima: Float[np.ndarray, " features"],
-    *,
-    n_intervals: int,
-    per_interval: int,
-    seed: int,
-    first_feature: int,
-    store_positions: Int[np.ndarray, " positions"],
-) -> Int[np.ndarray, "features intervals per_interval"]:
-    """A uniform sample of the firings in each activation interval; -1 where there are fewer.
-
-    ``store_positions`` gives the place in the store of each indexed position, and ``first_feature`` the number of the
-    block's first feature, so that a sample depends neither on the blocks nor on which other rows are indexed.
-    """
-    features, n_groups = pairs.features, pairs.n_features * n_intervals
-    groups = features * n_intervals + activation_bin(pairs.values, maxima[features], n_intervals)
-    keys = hash64(seed, features + first_feature, store_positions[pairs.positions])
-    # a group of n keeps keys below 8 * per_interval / n of their range: enough for all but one group in millions
-    sizes = np.bincount(groups, minlength=n_groups)
-    bound = np.minimum(8 * per_interval / np.maximum(sizes, 1), 1)[groups]
-    low = keys.astype(np.float64) <= bound * 2.0**64
-    short = np.bincount(groups[low], minlength=n_groups) < np.minimum(per_interval, sizes)
-    kept = np.flatnonzero(low | short[groups])
-    order = kept[np.lexsort((pairs.positions[kept], keys[kept], groups[kept]))]
-    chosen = first_n(groups[order], pairs.positions[order], n_groups, per_interval)
-    return chosen.reshape(-1, n_intervals, per_interval)
+def interval_examples(
+    sample: TopState, maxima: Float[np.ndarray, " features"], *, n_intervals: int
+) -> IntervalExamples:
+    """The smallest hashes of each interval, from those of each half octave."""
+    n_groups, per_interval = BINS.n_bins // GROUP, sample.positions.shape[1]
+    drawn = sample.kept()
+    features, groups = drawn.features // n_groups, drawn.features % n_groups
+    highest = torch.from_numpy(top_bin(maxima) // GROUP)
+    intervals = n_intervals - 1 - (highest[features] - groups) // _PER_INTERVAL
+    chosen = empty_top(len(maxima) * n_intervals, per_interval, dtype=torch.int64)
+    merge_top_(chosen, features * n_intervals + intervals.clamp_min(0), drawn.positions, drawn.values)
+    down = np.arange(n_intervals - 1, -1, -1) * _PER_INTERVAL + (_PER_INTERVAL - 1)
+    return IntervalExamples(
+        positions=chosen.positions.numpy().reshape(len(maxima), n_intervals, per_interval),
+        edges=edges_below(maxima, (highest.numpy()[:, None] - down) * GROUP),
+    )
 
 
 def windows(
@@ -108,26 +94,3 @@ def windows(
     which, _ = np.nonzero(hit)
     acts[feature[which], slot[which], offset[hit]] = pairs.values[inside[hit]]
     return Windows(token_ids, acts, np.where(used, column - first, 0))
-
-
-def hash64(seed: int, features: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """A fixed pseudo-random number of each (seed, feature, position): the mixer of SplitMix64 (Steele et al. 2014),
-    applied to each in turn."""
-    start = _mix(np.array([seed % 2**64], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    return _mix(_mix(start ^ features.astype(np.uint64)) ^ positions.astype(np.uint64))
-
-
-def _mix(z: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _among_highest(
-    groups: Int[np.ndarray, " m"], values: Float[np.ndarray, " m"], n_groups: int, n: int
-) -> Bool[np.ndarray, " m"]:
-    """True for values not below the n-th highest of their group; groups come in order, values are above 0."""
-    keys = groups << 32 | 0xFFFFFFFF - positive_bits(values)
-    ends = np.cumsum(np.bincount(groups, minlength=n_groups))
-    nth = np.minimum(ends - 1, np.concatenate([[0], ends[:-1]]) + n - 1)
-    return keys <= np.sort(keys)[nth][groups]

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from saelab.models.load import Model
     from saelab.sae.base import SAE
 
-SCHEMA = 1
+SCHEMA = 2
 TABLE = "features.parquet"
 TENSORS = tuple(f"{name}.safetensors" for name in ("examples", "logits", "neighbours", "histograms", "tokens"))
 TEXTS = ("vocabulary.json", "titles.json")
@@ -207,7 +207,7 @@ class FeatureIndex:
         """
         i = self._checked(i)
         max_act = float(self.column("max")[i])
-        counts = self._tensor("histograms.safetensors", "counts", i).tolist()
+        counts, edges = (self._tensor("histograms.safetensors", name, i).tolist() for name in ("counts", "edges"))
         top, intervals = self._examples(i)
         return FeatureRecord(
             index=i,
@@ -217,9 +217,10 @@ class FeatureIndex:
             max_act=max_act,
             mean_act=float(self.column("mean")[i]),
             quantiles=Quantiles(*(float(self.column(name)[i]) for name in Quantiles._fields)),
-            histogram=Histogram(tuple(max_act * j / len(counts) for j in range(len(counts) + 1)), tuple(counts)),
+            histogram=Histogram(tuple(edges), tuple(counts)),
             top_examples=top,
             interval_examples=intervals,
+            interval_edges=tuple(self._tensor("examples.safetensors", "interval_edges", i).tolist()),
             tokens=self._tokens(i),
             promoted=self._effects(i, "promoted"),
             suppressed=self._effects(i, "suppressed"),
@@ -380,9 +381,13 @@ def build_index(
     *,
     config: IndexConfig | None = None,
     sae_path: str | Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> FeatureIndex:
-    """Index every feature of ``sae`` over the activations in ``store``; see ``saelab.features.build`` for the how."""
+    """Index every feature of ``sae`` over the activations in ``store``; see ``saelab.features.build`` for the how.
+
+    With ``resume`` a build in ``out`` that was killed goes on, to the same bytes.
+    """
     from saelab.features import build
 
     build.build(
@@ -392,6 +397,7 @@ def build_index(
         Path(out),
         settings=config or IndexConfig(),
         sae_path=Path(sae_path) if sae_path else None,
+        resume=resume,
         progress=progress,
     )
     return FeatureIndex.open(out)

@@ -23,9 +23,9 @@ import scipy.sparse
 from jaxtyping import Bool, Float, Int
 
 from saelab.features.codes import Pairs
-from saelab.features.examples import hash64
 from saelab.features.records import Label, LabelKind, RuleItem
 from saelab.features.segments import positive_bits, rank_within
+from saelab_kernels.search.hashing import hash64
 
 #: Share of its maximum from which on a feature fires clearly.
 CLEAR = 0.25

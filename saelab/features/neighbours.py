@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.features.codes import Codes
-from saelab.features.examples import hash64
+from saelab_kernels.search.hashing import hash64
 
 #: Scores of pairs of features held at a time; 32 MB in float32.
 _BLOCK_SCORES = 1 << 23

@@ -73,7 +73,8 @@ class Example:
 
 
 class Histogram(NamedTuple):
-    """Counts of positive activations in equal-width bins from 0 to the maximum; ``len(edges) == len(counts) + 1``."""
+    """Counts of positive activations; ``len(edges) == len(counts) + 1``. A bin is an eighth of an octave; the lowest
+    begins at 0, the highest ends at the maximum."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -132,7 +133,11 @@ class FeatureRecord:
     top_examples: tuple[Example, ...]
     """By activation, highest first; at most one from each row. Empty for a feature that never fired."""
     interval_examples: tuple[tuple[Example, ...], ...]
-    """``interval_examples[j]`` is a uniform sample of the firings between j/n and (j+1)/n of the maximum."""
+    """``interval_examples[j]`` is a uniform sample of the firings between ``interval_edges[j]`` and
+    ``interval_edges[j + 1]``."""
+    interval_edges: tuple[float, ...]
+    """From 0 to the maximum. An interval is an octave, so it begins at half the height of the one above; the highest
+    begins between a half and three quarters of the maximum."""
     tokens: tuple[TokenCount, ...]
     """Tokens it is most specific to, best first (by the F1 of "clearly fires exactly on this token")."""
     promoted: tuple[TokenEffect, ...]

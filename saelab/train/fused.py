@@ -11,7 +11,7 @@ from saelab_kernels import AdamSettings, Layer, SparseGrads, feature_step
 
 
 def fused_step_(
-    sae: SAE, optimizer: torch.optim.Adam, sparse: SparseGrads, config: OptimConfig, *, lr: float, unit_norm: bool = True
+    sae: SAE, optimizer: torch.optim.Adam, sparse: SparseGrads, config: OptimConfig, *, lr: float
 ) -> Tensor:
     """Project, clip, update and normalise as the step over gradient tensors does; returns the gradient's norm.
 
@@ -21,13 +21,8 @@ def fused_step_(
     states = {name: _state(optimizer, parameter) for name, parameter in parameters.items()}
     for state in states.values():
         state["step"] += 1
-    settings = AdamSettings(
-        lr=lr,
-        step=int(states["W_enc"]["step"]),
-        betas=config.betas,
-        clip_norm=config.clip_norm,
-        unit_norm=unit_norm,
-    )
+    n_steps = int(states["W_enc"]["step"])
+    settings = AdamSettings(lr=lr, step=n_steps, betas=config.betas, clip_norm=config.clip_norm)
     means = Layer(**{name: state["exp_avg"] for name, state in states.items()})
     squares = Layer(**{name: state["exp_avg_sq"] for name, state in states.items()})
     return feature_step(sae.layer, means, squares, sparse, settings)

@@ -47,11 +47,17 @@ def finished(pid: int, seconds: float) -> int | None:
     return None
 
 
+def begun(out: Path) -> bool:
+    """Whether an interrupted run waits there; an index waits beside its place, where an older one may still stand."""
+    return any((path / "run.json").exists() for path in (out, out.with_name(f"{out.name}.part-resumable")))
+
+
 def main() -> None:
     n_kills, seed, out, start = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     verb = start[0]
     import saelab.activations.capture
     import saelab.activations.loader
+    import saelab.features.build
     import saelab.train.loop  # noqa: F401
 
     if verb == "cache":
@@ -67,8 +73,7 @@ def main() -> None:
         attempts += 1
         if (out / "DONE").exists():  # it got through between two kills: begin again, keep counting
             shutil.rmtree(out)
-        begun = (out / "run.json").exists()
-        pid = child([verb, "--resume", str(out)] if begun else [*start, "--out", str(out)])
+        pid = child([verb, "--resume", str(out)] if begun(out) else [*start, "--out", str(out)])
         status = finished(pid, rng.uniform(0, whole))
         if status is None:
             os.kill(pid, signal.SIGKILL)
@@ -76,9 +81,8 @@ def main() -> None:
             kills += 1
         else:
             assert status == 0, f"attempt {attempts} ended with status {status}"
-    begun = (out / "run.json").exists()
     if not (out / "DONE").exists():
-        pid = child([verb, "--resume", str(out)] if begun else [*start, "--out", str(out)])
+        pid = child([verb, "--resume", str(out)] if begun(out) else [*start, "--out", str(out)])
         assert os.waitpid(pid, 0)[1] == 0
     print(f"{kills} kills in {attempts} attempts, each within {whole:.1f} s")
 

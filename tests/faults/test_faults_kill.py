@@ -110,6 +110,17 @@ def test_killing_training_three_times_changes_nothing(activations: Path, tmp_pat
     killed_equals_whole(tmp_path, 3, train_command(activations))
 
 
+def test_killing_an_indexing_twice_changes_nothing(activations: Path, tmp_path: Path):
+    run("-m", "saelab", *train_command(activations), "--out", tmp_path / "sae")
+    killed_equals_whole(tmp_path, 2, ["index", tmp_path / "sae"])
+
+
+@pytest.mark.slow
+def test_killing_an_indexing_twenty_times_changes_nothing(activations: Path, tmp_path: Path):
+    run("-m", "saelab", *train_command(activations), "--out", tmp_path / "sae")
+    killed_equals_whole(tmp_path, 20, ["index", tmp_path / "sae"])
+
+
 @pytest.mark.slow
 def test_killing_capture_twenty_times_changes_nothing(tiny_model_dir: Path, text_file: Path, tmp_path: Path):
     killed_equals_whole(tmp_path, 20, cache_command(tiny_model_dir, text_file))

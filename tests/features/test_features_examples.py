@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saelab.features.codes import Pairs
-from saelab.features.examples import hash64, interval_positions, top_positions, windows
-from saelab.features.statistics import activation_bin, feature_statistics
+from saelab.features.config import IndexConfig
+from saelab.features.examples import IntervalExamples, interval_examples, windows
+from saelab.features.scan import found_features, new_search
+from saelab_kernels.search.hashing import hash64
 
 CONTEXT = 10
 
@@ -23,58 +25,46 @@ def random_pairs(rng, n_features=6, n_rows=8, share=0.4) -> tuple[Pairs, np.ndar
     return Pairs(offsets, positions.astype(np.int32), flat[features, positions]), dense
 
 
-@settings(deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 10), st.floats(0, 0.9))
-def test_top_examples_are_the_highest_of_each_row_by_value_and_then_by_position(seed, n, share):
-    pairs, dense = random_pairs(np.random.default_rng(seed), share=share)
-    for found, feature in zip(top_positions(pairs, context=CONTEXT, n=n), dense, strict=True):
-        peaks = [(-row.max(), r * CONTEXT + int(row.argmax())) for r, row in enumerate(feature) if row.max() > 0]
-        expected = [position for _, position in sorted(peaks)][:n]
-        assert found.tolist() == expected + [-1] * (n - len(expected))
-
-
-def sampled(pairs, *, first_feature=0, seed=0, per_interval=2, store_positions=None):
-    return interval_positions(
-        pairs,
-        feature_statistics(pairs, n_bins=4).max,
-        n_intervals=4,
-        per_interval=per_interval,
-        seed=seed,
-        first_feature=first_feature,
-        store_positions=np.arange(8 * CONTEXT) if store_positions is None else store_positions,
-    )
+def sampled(values: np.ndarray, *, seed: int = 0, per_interval: int = 2) -> IntervalExamples:
+    """Of one value for each feature and place, [features, places]; 0 where a feature does not fire."""
+    wanted = IndexConfig(per_interval=per_interval, seed=seed)
+    search = new_search(len(values), values.shape[1], wanted)
+    features, places = np.nonzero(values)
+    search.add(*(torch.from_numpy(column) for column in (features, places, values[features, places])))
+    found = found_features(search)
+    return interval_examples(found.sample, found.max, n_intervals=4)
 
 
 @settings(deadline=None)
-@given(st.integers(0, 1000))
-def test_interval_examples_are_the_smallest_hashes_of_their_interval(seed):
-    pairs, dense = random_pairs(np.random.default_rng(seed))
-    for i, (found, feature) in enumerate(zip(sampled(pairs), dense.reshape(len(dense), -1), strict=True)):
-        positions = np.flatnonzero(feature)
-        bins = activation_bin(feature[positions], np.full(len(positions), feature.max(initial=0)), 4)
+@given(st.integers(0, 1000), st.floats(0.1, 4.0))
+def test_interval_examples_are_the_smallest_hashes_of_their_interval(seed, spread):
+    rng = np.random.default_rng(seed)
+    values = np.where(rng.random((6, 300)) < 0.4, rng.lognormal(0, spread, (6, 300)), 0).astype(np.float32)
+    values[2] = 0
+    found = sampled(values)
+    for i, (chosen, edges) in enumerate(zip(found.positions, found.edges, strict=True)):
+        places = np.flatnonzero(values[i])
+        interval = np.searchsorted(edges[1:-1], values[i, places], side="right")
         for j in range(4):
-            inside = positions[bins == j]
+            inside = places[interval == j]
             keys = hash64(0, np.full(len(inside), i), inside)
             expected = inside[np.argsort(keys)][:2].tolist()
-            assert found[j].tolist() == expected + [-1] * (2 - len(expected))
+            assert chosen[j].tolist() == expected + [-1] * (2 - len(expected))
 
 
-def test_a_sample_depends_on_the_seed_and_not_on_the_blocks():
-    pairs, _ = random_pairs(np.random.default_rng(1), n_rows=8)
-    whole = sampled(pairs)
-    cut = pairs.offsets[2]
-    rest = Pairs(pairs.offsets[2:] - cut, pairs.positions[cut:], pairs.values[cut:])
-    np.testing.assert_array_equal(sampled(rest, first_feature=2), whole[2:])
-    assert (sampled(pairs, seed=1) != whole).any()
+@given(st.floats(2.0**-10, 2.0**17, width=32))
+def test_intervals_are_octaves_down_from_the_maximum(maximum):
+    edges = sampled(np.array([[maximum]], np.float32)).edges[0]
+    assert edges[0] == 0
+    assert edges[-1] == maximum
+    np.testing.assert_allclose(edges[2:-1] / edges[1:-2], 2)
+    assert 0.5 <= edges[-2] / maximum <= 0.75
 
 
-def test_samples_are_uniform():
-    n = 20_000
-    pairs = Pairs(np.array([0, n]), np.arange(n, dtype=np.int32), np.full(n, 1, np.float32))
-    chosen = sampled(pairs, per_interval=1000, store_positions=np.arange(n))[0, 3]
-    assert len(np.unique(chosen)) == 1000
-    # the mean of 1,000 uniform draws lies within five standard errors
-    assert chosen.mean() == pytest.approx(n / 2, abs=5 * n / np.sqrt(12 * 1000))
+def test_a_sample_depends_on_the_seed():
+    values = np.random.default_rng(1).lognormal(0, 1, (3, 200)).astype(np.float32)
+    assert (sampled(values).positions == sampled(values).positions).all()
+    assert (sampled(values, seed=1).positions != sampled(values).positions).any()
 
 
 @settings(deadline=None)
@@ -84,7 +74,7 @@ def test_windows_show_the_tokens_and_activations_around_the_peak(seed, window, a
     rng = np.random.default_rng(seed)
     pairs, dense = random_pairs(rng)
     tokens = rng.integers(0, 99, (8, CONTEXT)).astype(np.int32)
-    positions = top_positions(pairs, context=CONTEXT, n=3)
+    positions = rng.integers(-1, dense[0].size, (len(dense), 3))
     found = windows(pairs, positions, tokens, window=window, after=after)
     for i, slots in enumerate(positions):
         for slot, position in enumerate(slots):

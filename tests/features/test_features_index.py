@@ -16,9 +16,8 @@ from saelab.errors import ArtifactError, ConfigError, ShapeError
 from saelab.features import build, planted
 from saelab.features import index as index_module
 from saelab.features.config import IndexConfig
-from saelab.features.examples import hash64
 from saelab.features.index import FeatureIndex, load_index
-from saelab.features.statistics import activation_bin
+from saelab_kernels.search.hashing import hash64
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +88,11 @@ def test_a_record_says_what_the_activations_say(workspace, tmp_path):
             np.testing.assert_array_equal(example.acts, acts[example.row, first : first + 32, i])
         if fired.numel():
             assert record.max_act == record.top_examples[0].act == fired.max()
-            for j, interval in enumerate(record.interval_examples):
-                shares = [example.act / record.max_act for example in interval]
-                assert all(j / 5 - 1e-6 <= share <= (j + 1) / 5 + 1e-6 for share in shares)
+            edges = record.interval_edges
+            assert edges[0] == 0
+            assert edges[-1] == record.max_act
+            for low, high, interval in zip(edges[:-1], edges[1:], record.interval_examples, strict=True):
+                assert all(low <= example.act <= high for example in interval)
 
 
 def test_promoted_tokens_and_neighbours_are_in_the_record(workspace, tmp_path):
@@ -126,9 +127,10 @@ def test_interval_examples_are_chosen_by_their_place_in_the_store(tmp_path):
     acts = text.store.planted_acts[rows, :, 4].numpy()
     row, column = np.nonzero(acts)
     keys = hash64(0, np.full(len(row), 4), rows[row] * 64 + column)
-    bins = activation_bin(acts[row, column], np.full(len(row), acts.max()), 5)
-    for j, interval in enumerate(index.feature(4).interval_examples):
-        inside = np.flatnonzero(bins == j)
+    record = index.feature(4)
+    intervals = np.searchsorted(record.interval_edges[1:-1], acts[row, column], side="right")
+    for j, interval in enumerate(record.interval_examples):
+        inside = np.flatnonzero(intervals == j)
         chosen = inside[np.argsort(keys[inside])[:5]]
         assert [(e.row, e.position) for e in interval] == [(rows[row[i]], column[i]) for i in chosen]
 
@@ -214,9 +216,59 @@ def test_an_interrupted_index_is_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(build.logits, "logit_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
         planted.plant_index(tmp_path)
-    assert not list((tmp_path / "index").glob("*.part-*"))
     with pytest.raises(ArtifactError, match="unfinished"):
         load_index(tmp_path / "index")
+
+
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stop=st.integers(0, 14), chunk_rows=st.integers(10, 60), checkpoint_chunks=st.integers(1, 3))
+def test_an_index_that_is_interrupted_and_resumed_has_the_same_bytes(
+    workspace, tmp_path_factory, stop, chunk_rows, checkpoint_chunks
+):
+    path = tmp_path_factory.mktemp("resumed")
+    text = planted.plant(path / "planted.json")
+    calls = []
+
+    def progress(done, total, what):
+        calls.append(done)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        try:
+            build.build(
+                text.sae,
+                text.store,
+                text.model,
+                path / "index",
+                settings=IndexConfig(),
+                sae_path=None,
+                resume=True,
+                progress=progress,
+                chunk_rows=chunk_rows,
+                checkpoint_chunks=checkpoint_chunks,
+                block_pairs=5_000,
+            )
+        except KeyboardInterrupt:
+            continue
+    assert content(path / "index") == content(workspace / "index")
+    assert {file.name for file in (path / "index").iterdir()} == {p.name for p in (workspace / "index").iterdir()}
+
+
+def test_an_index_is_not_resumed_with_other_settings(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    text = planted.plant(tmp_path / "planted.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(build.logits, "logit_table", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            planted.plant_index(tmp_path)
+    with pytest.raises(ArtifactError, match="other settings"):
+        planted.build_index(
+            text.sae, text.store, text.model, tmp_path / "index", config=IndexConfig(seed=1), resume=True
+        )
+    assert planted.build_index(text.sae, text.store, text.model, tmp_path / "index", resume=True).n_features == 32
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.features.segments import first_n, first_of_run, positive_bits, rank_within, segment_max
+from saelab.features.segments import first_of_run, positive_bits, rank_within
 
 SIZES = st.lists(st.integers(0, 4), min_size=1, max_size=6)
 
@@ -17,22 +17,6 @@ def grouped(sizes):
 def test_rank_counts_from_zero_in_every_group(sizes):
     groups, _ = grouped(sizes)
     assert rank_within(groups).tolist() == [i for size in sizes for i in range(size)]
-
-
-@given(SIZES, st.integers(1, 3))
-def test_first_n_is_the_beginning_of_every_group(sizes, n):
-    groups, offsets = grouped(sizes)
-    values = np.arange(len(groups)) * 7
-    expected = [values[offsets[g] : offsets[g + 1]][:n].tolist() for g in range(len(sizes))]
-    assert first_n(groups, values, len(sizes), n).tolist() == [row + [-1] * (n - len(row)) for row in expected]
-
-
-@given(SIZES, st.randoms())
-def test_segment_max_skips_empty_segments(sizes, random):
-    _, offsets = grouped(sizes)
-    values = np.array([random.random() for _ in range(offsets[-1])], np.float32)
-    expected = [max(values[offsets[g] : offsets[g + 1]], default=0) for g in range(len(sizes))]
-    np.testing.assert_array_equal(segment_max(values, offsets), np.array(expected, np.float32))
 
 
 @given(st.lists(st.floats(0, 2.0**100, width=32), min_size=2, max_size=20))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict
+from itertools import pairwise
 
 import streamlit as st
 
@@ -131,9 +132,7 @@ def _examples(record: sl.FeatureRecord) -> None:
     if handed_over():
         st.switch_page(frame.PROMPT, query_params={"run": frame.run().name})
     groups = _groups(record)
-    snippets.draw(
-        snippets.section("Text it fires on", "strongest first, or a sample between two shares of the maximum")
-    )
+    snippets.draw(snippets.section("Text it fires on", "strongest first, or a sample between two activations"))
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         chosen = st.segmented_control(
             "Examples",
@@ -161,8 +160,7 @@ def _examples(record: sl.FeatureRecord) -> None:
 
 def _groups(record: sl.FeatureRecord) -> dict[str, tuple[sl.Example, ...]]:
     """The top examples, then those of each interval that has some, the highest interval first."""
-    n = len(record.interval_examples)
-    names = [f"{100 * j // n}–{100 * (j + 1) // n} %" for j in range(n)]
+    names = [f"{low:.3g}–{high:.3g}" for low, high in pairwise(record.interval_edges)]
     intervals = dict(zip(reversed(names), reversed(record.interval_examples), strict=True))
     return {"Top": record.top_examples} | {name: examples for name, examples in intervals.items() if examples}
 

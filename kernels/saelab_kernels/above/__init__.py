@@ -34,7 +34,7 @@ def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> Ragged:
     dtype = arguments.computing_dtype(x, W, b, floor)
     x, W, b, floor = (tensor.to(dtype) for tensor in (x, W, b, floor))
     # how many features are active is not known before; what is read is a matrix product of all of them
-    path = dispatch.path_for(W, 1, gathers=False)
+    path = dispatch.path_for(W, 1, gathers=False, dtype=dtype)
     if path == "reference":  # which torch differentiates
         return reference.encode_above(x, W, b, floor)
     with torch.no_grad():
@@ -47,6 +47,7 @@ def _search(path: str, x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> Ragged
         return cpu.encode_above(x, W, b, floor)
     from saelab_kernels.encode import fused
 
+    x, W, b, floor = (tensor.contiguous() for tensor in (x, W, b, floor))
     return compiled.or_else(
         "emit_above",
         lambda: fused.encode_above(x, W, b, floor),

@@ -43,7 +43,7 @@ def autoencode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_de
     arguments.check_k(k, len(W_enc))
     dtype = arguments.computing_dtype(x, W_enc, b_enc, W_dec, b_dec)
     x, W_enc, b_enc, W_dec, b_dec = (tensor.to(dtype) for tensor in (x, W_enc, b_enc, W_dec, b_dec))
-    path = dispatch.path_for(W_enc, k)
+    path = dispatch.path_for(W_enc, k, dtype=dtype)
     if path == "reference":
         return Autoencoded(*reference.autoencode_topk(x, W_enc, b_enc, W_dec, b_dec, k))
     return Autoencoded(*_AutoencodeTopK.apply(x, W_enc, b_enc, W_dec, b_dec, k, path))

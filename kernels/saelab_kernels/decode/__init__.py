@@ -32,9 +32,7 @@ def sparse_decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: T
     if b_dec is not None:
         arguments.check_vector("b_dec", b_dec, length=W_dec.shape[1])
         b_dec = b_dec.to(dtype)
-    path = dispatch.path_for(W_dec, top_indices.shape[1])
-    if path == "fused" and dtype != torch.float32:  # float64 is for checks
-        path = "reference"
+    path = dispatch.path_for(W_dec, top_indices.shape[1], dtype=dtype)
     if path == "reference":
         return reference.sparse_decode(top_acts.to(dtype), top_indices, W_dec.to(dtype), b_dec)
     weights = W_dec if path == "fused" else W_dec.to(dtype)

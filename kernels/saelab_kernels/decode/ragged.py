@@ -31,18 +31,19 @@ def ragged_decode(active: Ragged, W_dec: Tensor, b_dec: Tensor | None = None) ->
     arguments.check_indices(active.features[:, None], n_features=len(W_dec))
     dtype = arguments.computing_dtype(active.acts, W_dec)
     acts, W_dec = active.acts.to(dtype), W_dec.to(dtype)
-    if dispatch.path_for(W_dec, _mean_k(active)) == "reference":
+    path = dispatch.path_for(W_dec, _mean_k(active), dtype=dtype)
+    if path == "reference":
         recon = reference.ragged_decode(active._replace(acts=acts), W_dec)
     else:
-        recon = _RaggedDecode.apply(acts, active.features, active.offsets, W_dec)
+        recon = _RaggedDecode.apply(acts, active.features, active.offsets, W_dec, path)
     return recon if b_dec is None else recon + b_dec.to(dtype)
 
 
 class _RaggedDecode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, acts: Tensor, features: Tensor, offsets: Tensor, W_dec: Tensor) -> Tensor:
+    def forward(ctx: Any, acts: Tensor, features: Tensor, offsets: Tensor, W_dec: Tensor, path: str) -> Tensor:
         ctx.save_for_backward(acts, features, offsets, W_dec)
-        if W_dec.device.type == "cpu" and dispatch.path_for(W_dec, 1) == "cpu":
+        if path == "cpu":
             return _bags(acts, features, offsets, W_dec)
         from saelab_kernels.decode import fused
 
@@ -55,13 +56,13 @@ class _RaggedDecode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         acts, features, offsets, W_dec = ctx.saved_tensors
-        need_acts, _, _, need_weights = ctx.needs_input_grad
+        need_acts, _, _, need_weights, _ = ctx.needs_input_grad
         active = Ragged(acts, features, offsets)
         acts_grad = ragged_dot(grad, W_dec, active) if need_acts else None
         weights_grad = feature_grad(ragged_pairs(active, len(W_dec)), acts, grad) if need_weights else None
-        return acts_grad, None, None, weights_grad
+        return acts_grad, None, None, weights_grad, None
 
 
 def _bags(acts: Tensor, features: Tensor, offsets: Tensor, W_dec: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ def decode_loss(
         acts_grad[n, j] = 2 error[p, n] . W_dec[i],  i = top_indices[n, j] in end_(p-1) .. end_p - 1
 
     A feature takes part in the prefixes that reach beyond it, so its gradients see one row, error[p, n] of its group.
-    Of sum_n loss[n] they are ``2 * error[0].sum(0)`` for b_dec and, with the rows of ``error.flatten(0, 1)`` for tokens,
-    ``2 * feature_grad(prefix_pairs(pairs, ...), top_acts, error.flatten(0, 1))`` for W_dec. Fewer rows would not do: the
-    errors of a token's prefixes are independent.
+    Of sum_n loss[n] they are ``2 * error[0].sum(0)`` for b_dec and, pairs counted through the rows of all groups,
+    ``2 * feature_grad(prefix_pairs(pairs, ...), top_acts, error.flatten(0, 1))`` for W_dec. Fewer rows would not do,
+    for the errors of a token's prefixes are independent.
 
     Computes in float32 or wider. Deterministic: two runs are bitwise equal. A NaN spoils its own token only.
 
@@ -85,14 +85,14 @@ def _on_path(
     top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor, ends: tuple[int, ...]
 ) -> DecodeLoss:
     dtype = arguments.computing_dtype(top_acts, W_dec, b_dec, target)
-    path = dispatch.path_for(W_dec, top_indices.shape[1])
+    path = dispatch.path_for(W_dec, top_indices.shape[1], dtype=dtype)
 
     def in_torch() -> DecodeLoss:
         wide = (tensor.to(dtype) for tensor in (W_dec, b_dec, target))
         on = cpu if path == "cpu" else reference
         return DecodeLoss(*on.decode_loss(top_acts.to(dtype), top_indices, *wide, ends))
 
-    if path == "fused" and dtype == torch.float32:  # float64 is for checks
+    if path == "fused":
         from saelab_kernels.decode_loss import fused
 
         return compiled.or_else(

@@ -22,7 +22,7 @@ def decode_loss(
         error = sparse_decode(top_acts, top_indices, W_dec).add_(b_dec).sub_(target)
         return error.pow(2).sum(1), error[None], sampled_dot(error, W_dec, top_indices).mul_(2)
 
-    groups = torch.bucketize(top_indices, torch.tensor(ends), right=True)
+    groups = torch.bucketize(top_indices.contiguous(), torch.tensor(ends), right=True)
     members = [groups == group for group in range(len(ends))]
     errors = target.new_empty(len(ends), *target.shape)
     error = b_dec - target

@@ -131,7 +131,7 @@ def decode_loss(
         )  # fmt: skip
         return _add(losses, 1.0), errors, _add(dots, 2.0)
 
-    features, order = top_indices.sort(dim=1, stable=True)
+    features, order = top_indices.contiguous().sort(dim=1, stable=True)
     before = torch.searchsorted(features, _bounds(ends, W_dec.device).repeat(n_tokens, 1))
     _by_prefix[n_tokens, n_tiles](
         top_acts.gather(1, order), features, before, W_dec, b_dec, target, errors, losses, dots, n_tokens, k, d,
@@ -181,7 +181,7 @@ def variants() -> list[Variant]:
             "plane": plane,
         }
         kernels = [(_by_prefix, {"ROWS": _ROWS, "SLOTS": SLOTS, "WIDTH": WIDTH}, 2)]
-        if (weights, plane) != ("fp32", "i64") or not divisible:  # _whole_rows has no plane
+        if plane == "i32":  # _whole_rows has no such argument
             kernels += [(_whole_rows, {"ENTRIES": n, "WIDTH": width}, warps) for n, (width, warps) in _TILES.items()]
         found += [
             Variant(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from saelab_kernels import arguments, compiled, dispatch
@@ -25,8 +24,8 @@ def sampled_dot(vectors: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         raise ValueError(f"indices must have one row for each of the {len(vectors)} vectors, got {len(indices)}")
     dtype = arguments.computing_dtype(vectors, weights)
     vectors, weights = vectors.detach(), weights.detach()
-    path = dispatch.path_for(weights, indices.shape[1])
-    if path == "fused" and dtype == torch.float32:  # float64 is for checks
+    path = dispatch.path_for(weights, indices.shape[1], dtype=dtype)
+    if path == "fused":
         from saelab_kernels.dots import fused
 
         return compiled.or_else(

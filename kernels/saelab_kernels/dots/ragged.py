@@ -21,7 +21,7 @@ def ragged_dot(vectors: Tensor, weights: Tensor, active: Ragged) -> Tensor:
     arguments.check_indices(active.features[:, None], n_features=len(weights))
     dtype = arguments.computing_dtype(vectors, weights)
     vectors, weights = vectors.detach().to(dtype), weights.detach().to(dtype)
-    path = dispatch.path_for(weights, 1)
+    path = dispatch.path_for(weights, 1, dtype=dtype)
     if path == "cpu":
         return cpu.ragged_dot(vectors, weights, active.offsets, active.features)
     if path == "reference":

@@ -39,7 +39,7 @@ def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int, *, relu: bool = True) -
     arguments.check_k(k, len(W))
     dtype = arguments.computing_dtype(x, W, b)
     x, W, b = x.to(dtype), W.to(dtype), b.to(dtype)
-    path = dispatch.path_for(W, k, gathers=False)
+    path = dispatch.path_for(W, k, gathers=False, dtype=dtype)
     if path == "reference":
         top_acts, top_indices = reference.encode_topk(x, W, b, k)
         return TopK(top_acts.relu() if relu else top_acts, top_indices)
@@ -52,6 +52,7 @@ def largest(x: Tensor, W: Tensor, b: Tensor, k: int, path: str) -> tuple[Tensor,
         return cpu.encode_topk(x, W, b, k)
     from saelab_kernels.encode import fused
 
+    x, W, b = (tensor.contiguous() for tensor in (x, W, b))
     return compiled.or_else(
         "encode_topk",
         lambda: fused.encode_topk(x, W, b, k),

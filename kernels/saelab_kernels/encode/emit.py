@@ -9,10 +9,10 @@ Slots come from atomics and their order differs between runs: what is defined is
 
 from __future__ import annotations
 
-from itertools import product
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as functional
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,45 +43,41 @@ _LEAF = 16
 
 
 class Emitted(NamedTuple):
-    """What beat the thresholds: ``count[n]`` candidates in row n, of which the first ``min(count[n], cap)`` are kept."""
+    """What beat the thresholds: ``counts[n]`` candidates in row n, of which ``min(counts[n], cap)`` are there."""
 
-    count: Tensor  # int32 [N], may exceed cap
-    pair: Tensor  # int64 [N, cap] as in saelab_kernels.select, in no particular order
+    counts: Tensor  # int32 [N], may exceed cap
+    pairs: Tensor  # int64 [N, cap] as in saelab_kernels.select, in no particular order
 
 
 @triton.jit
 def _emit(
-    pre, rows, columns, row_thr, col_thr, count_ptr, pair_ptr, n_tokens, n_features, cap,
-    HAS_ROW: tl.constexpr, HAS_COL: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, LEAF: tl.constexpr,
+    pre, rows, first_column, row_thr, col_thr_ptr, count_ptr, pair_ptr, n_tokens, n_features, cap,
+    BM: tl.constexpr, BF: tl.constexpr, LEAF: tl.constexpr,
 ):  # fmt: skip
     if BF <= LEAF:
+        columns = first_column + tl.arange(0, BF)
+        col_thr = tl.load(col_thr_ptr + columns, mask=columns < n_features, other=0.0)
         # the mask is of positions, not of thresholds: a row with NaN has NaN beyond the last feature as well
         hit = (rows < n_tokens)[:, None] & (columns < n_features)[None, :]
-        if HAS_ROW:
-            hit = hit & ~(pre <= row_thr[:, None])
-        if HAS_COL:
-            hit = hit & ~(pre <= col_thr[None, :])
+        hit = hit & ~(pre <= row_thr[:, None]) & ~(pre <= col_thr[None, :])
         if tl.max(tl.max(hit.to(tl.int32), 1), 0) > 0:
             ones = tl.full((BM, BF), 1, tl.int32)
             slot = tl.atomic_add(count_ptr + rows[:, None] + 0 * ones, ones, mask=hit, sem="relaxed")
-            kept = hit & (slot < cap)
             pair = pack(order_of(pre), columns[None, :] + 0 * ones)
-            tl.store(pair_ptr + rows[:, None].to(tl.int64) * cap + slot, pair, mask=kept)
+            tl.store(pair_ptr + rows[:, None].to(tl.int64) * cap + slot, pair, mask=hit & (slot < cap))
     else:
         left, right = tl.split(tl.permute(tl.reshape(pre, (BM, 2, BF // 2)), (0, 2, 1)))
-        left_columns, right_columns = tl.split(tl.permute(tl.reshape(columns, (2, BF // 2)), (1, 0)))
-        left_thr, right_thr = tl.split(tl.permute(tl.reshape(col_thr, (2, BF // 2)), (1, 0)))
-        _emit(left, rows, left_columns, row_thr, left_thr, count_ptr, pair_ptr, n_tokens, n_features, cap,
-              HAS_ROW, HAS_COL, BM, BF // 2, LEAF)  # fmt: skip
-        _emit(right, rows, right_columns, row_thr, right_thr, count_ptr, pair_ptr, n_tokens, n_features, cap,
-              HAS_ROW, HAS_COL, BM, BF // 2, LEAF)  # fmt: skip
+        _emit(left, rows, first_column, row_thr, col_thr_ptr, count_ptr, pair_ptr, n_tokens, n_features, cap,
+              BM, BF // 2, LEAF)  # fmt: skip
+        _emit(right, rows, first_column + BF // 2, row_thr, col_thr_ptr, count_ptr, pair_ptr, n_tokens, n_features, cap,
+              BM, BF // 2, LEAF)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_features", "cap"])
 def _encode_emit(
     x_ptr, w_ptr, b_ptr, row_thr_ptr, col_thr_ptr, count_ptr, pair_ptr, n_tokens, n_features, d, cap,
-    HAS_ROW: tl.constexpr, HAS_COL: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
-    GROUP: tl.constexpr, LEAF: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, LEAF: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     # programs that run side by side take GROUP tiles of rows for one tile of W, then the next tile of W
     n_row_tiles, n_column_tiles = tl.cdiv(n_tokens, BM), tl.cdiv(n_features, BF)
@@ -89,9 +85,10 @@ def _encode_emit(
     in_group = tl.minimum(n_row_tiles - first, GROUP)
     place = tl.program_id(0) % (GROUP * n_column_tiles)
     rows = (first + place % in_group) * BM + tl.arange(0, BM)
-    columns = (place // in_group) * BF + tl.arange(0, BF)
+    first_column = (place // in_group) * BF
+    columns = first_column + tl.arange(0, BF)
 
-    # positions beyond the end read some row that exists and are masked when emitting: no mask inside the loop
+    # positions beyond the end read some row that exists and are masked when emitting: one mask less inside the loop
     x_rows = x_ptr + (rows % n_tokens).to(tl.int64)[:, None] * d
     w_rows = w_ptr + (columns % n_features).to(tl.int64)[None, :] * d
     pre = tl.zeros((BM, BF), tl.float32)
@@ -102,20 +99,20 @@ def _encode_emit(
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         pre = tl.dot(x, w, pre, input_precision="ieee")
-    pre += tl.load(b_ptr + columns, mask=columns < n_features, other=0.0).to(tl.float32)[None, :]
-
-    row_thr = tl.zeros((BM,), tl.float32)
-    if HAS_ROW:
-        row_thr = tl.load(row_thr_ptr + rows, mask=rows < n_tokens, other=0.0)
-    col_thr = tl.zeros((BF,), tl.float32)
-    if HAS_COL:
-        col_thr = tl.load(col_thr_ptr + columns, mask=columns < n_features, other=0.0)
-    _emit(pre, rows, columns, row_thr, col_thr, count_ptr, pair_ptr, n_tokens, n_features, cap,
-          HAS_ROW, HAS_COL, BM, BF, LEAF)  # fmt: skip
+    pre += tl.load(b_ptr + columns, mask=columns < n_features, other=0.0)[None, :]
+    row_thr = tl.load(row_thr_ptr + rows, mask=rows < n_tokens, other=0.0)
+    _emit(pre, rows, first_column, row_thr, col_thr_ptr, count_ptr, pair_ptr, n_tokens, n_features, cap, BM, BF, LEAF)
 
 
 def encode_emit(
-    x: Tensor, W: Tensor, b: Tensor, row_thr: Tensor | None, col_thr: Tensor | None, cap: int, *, tile: Tile | None = None
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    row_thr: Tensor | None,
+    col_thr: Tensor | None,
+    cap: int,
+    *,
+    tile: Tile | None = None,
 ) -> Emitted:
     """x [N, d] and W [F, d] of one dtype (bfloat16, float16, float32), b [F], thresholds float32 [N] and [F].
 
@@ -126,16 +123,24 @@ def encode_emit(
     pair = torch.empty(len(x), cap, dtype=torch.int64, device=x.device)
     if len(x):
         tile = tile or _tile(x.dtype, len(W))
+        x, W = _aligned(x), _aligned(W)
         grid = (triton.cdiv(len(x), tile.rows) * triton.cdiv(len(W), tile.columns),)
         _encode_emit[grid](
-            x.contiguous(), W.contiguous(), b.float(),
-            b if row_thr is None else row_thr, b if col_thr is None else col_thr,  # never read where there is none
-            count, pair, len(x), len(W), x.shape[1], cap,
-            HAS_ROW=row_thr is not None, HAS_COL=col_thr is not None,
+            x, W, b.float(), _or_none(row_thr, len(x), x.device), _or_none(col_thr, len(W), x.device), count, pair,
+            len(x), len(W), x.shape[1], cap,
             BM=tile.rows, BF=tile.columns, BD=tile.depth, GROUP=_GROUP, LEAF=_LEAF, UPCAST=compiled.INTERPRETED,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return Emitted(count, pair)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """``rows`` [n, d] with zeros up to a multiple of 16: else they are read value by value, and registers spill."""
+    return functional.pad(rows, (0, -rows.shape[1] % 16)).contiguous()
+
+
+def _or_none(threshold: Tensor | None, length: int, device: torch.device) -> Tensor:
+    return torch.full((length,), torch.nan, device=device) if threshold is None else threshold.float().contiguous()
 
 
 def _tile(dtype: torch.dtype, n_features: int) -> Tile:
@@ -145,21 +150,17 @@ def _tile(dtype: torch.dtype, n_features: int) -> Tile:
 
 
 def variants() -> list[Variant]:
-    """Every way in which the kernel may be launched; the thresholds differ in what they read alone."""
-    kinds = [("bf16", WIDE), ("bf16", SQUARE), ("fp16", WIDE), ("fp16", SQUARE), ("fp32", FLOAT32)]
+    """Every way in which the kernel may be launched."""
     return [
         Variant(
             _encode_emit,
             {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "b_ptr": "*fp32", "row_thr_ptr": "*fp32"}
             | {"col_thr_ptr": "*fp32", "count_ptr": "*i32", "pair_ptr": "*i64"}
             | dict.fromkeys(("n_tokens", "n_features", "d", "cap"), "i32"),
-            {"HAS_ROW": has_row, "HAS_COL": has_col, "BM": tile.rows, "BF": tile.columns, "BD": tile.depth}
-            | {"GROUP": _GROUP, "LEAF": _LEAF, "UPCAST": False},
-            divisible=divisible,
+            {"BM": tile.rows, "BF": tile.columns, "BD": tile.depth} | {"GROUP": _GROUP, "LEAF": _LEAF, "UPCAST": False},
+            divisible=("d",),
             options={"num_warps": tile.warps, "num_stages": tile.stages},
             uses_mma=dtype != "fp32",
         )
-        for (dtype, tile), (has_row, has_col), divisible in product(
-            kinds, ((True, False), (False, True), (True, True), (False, False)), ((), ("n_tokens", "n_features", "d", "cap"))
-        )
+        for dtype, tile in (("bf16", WIDE), ("bf16", SQUARE), ("fp16", WIDE), ("fp16", SQUARE), ("fp32", FLOAT32))
     ]

@@ -14,25 +14,23 @@ import torch
 from torch import Tensor
 
 from saelab_kernels import compiled
-from saelab_kernels.compiled import Variant
 from saelab_kernels.dispatch import Choice
-from saelab_kernels.dots.fused import ragged_dot, sampled_dot
-from saelab_kernels.encode import emit, reference, settle, stream, surplus
-from saelab_kernels.ragged import Ragged
+from saelab_kernels.dots.fused import sampled_dot
+from saelab_kernels.encode import emit, reference, settle, stream
+from saelab_kernels.encode.above import encode_above
 from saelab_kernels.select import fused as select
 
-#: Tokens at a time: with 16 MB chunks a product then has 1024 features, enough tiles for 132 processors.
-ROWS = 8192
+__all__ = ["candidates", "encode_above", "encode_topk", "route_for"]
 
 # The rule between the routes, in units of one product by cuBLAS (2 N F d flops at 790 TFLOP/s). What A pays beside it
-# is one write and one read of N F values of 16 bits in L2, at 5.5 TB/s. B pays for a product in Triton, and for a sample
-# of features. Both shares are estimates: measure them on the device at hand, they decide the route alone.
+# is one write and one read of N F values of 16 bits in L2, at 5.5 TB/s. B pays for a product in Triton, and for a
+# sample of features. Both shares are estimates: measure them on the device at hand, they decide the route alone.
 L2_PASS = 4 / 5.5e12 * 790e12 / 2  # divided by d: 0.37 of a product at 768, 0.12 at 2304, 0.07 at 4096
 TRITON_SHARE = 0.8  # of cuBLAS' speed, with the epilogue
 
 # Route B's threshold is the SAMPLE_RANK-th largest of a sample of features, its size such that AIM * keep features are
-# expected above. That number is then about gamma-distributed with shape 16: fewer than a quarter of AIM * keep in 5 of a
-# million rows, more than three times as many in 1 of 10^10.
+# expected above. That number is then about gamma-distributed with shape 16: less than a quarter of AIM * keep in 5 rows
+# of a million, more than three times as much in 3 of 10^8.
 SAMPLE_RANK = 16
 AIM = 4
 ROOM = 12
@@ -42,12 +40,12 @@ _EXHAUSTIVE_PAIRS = 2**24
 
 
 def route_for(n_tokens: int, d: int, n_features: int, k: int, dtype: torch.dtype) -> Choice:
-    """ "A" or "B" for x [n_tokens, d], W [n_features, d], sought in ``dtype``: which one the arithmetic above favours."""
+    """ "A" or "B" for x [n_tokens, d], W [n_features, d], sought in ``dtype``: what the arithmetic above favours."""
     keep = candidates(k, n_features)
     if dtype == torch.float32:
         return Choice("A", "a float32 product is left to cuBLAS: Triton's uses no tensor cores")
-    if 2 * _sample_size(keep, n_features) > n_features:
-        return Choice("A", f"{keep} candidates of {n_features} features leave no cheap sample for a threshold")
+    if 2 * AIM * keep > n_features:
+        return Choice("A", f"{AIM} times {keep} candidates would be most of {n_features} features")
     tiles = -(-n_tokens // emit.WIDE.rows) * -(-n_features // emit.WIDE.columns)
     if tiles < 1000:
         return Choice("A", f"{tiles} tiles of a fused product would not fill the device evenly")
@@ -79,9 +77,9 @@ def encode_topk(
     keep = candidates(k, len(W))
     if keep > select.MAX_K:
         return _written_out(x, W, b, k)
-    W_low = W.to(_search_dtype(W)) if W_low is None else W_low.detach()
-    name = route or route_for(min(len(x), ROWS), x.shape[1], len(W), k, W_low.dtype).name
-    settled = [_block(part, W, b, k, W_low, name, strict=route == "B") for part in x.split(ROWS)]
+    W_low = W.to(stream.search_dtype(W)) if W_low is None else W_low.detach()
+    name = route or route_for(min(len(x), stream.ROWS), x.shape[1], len(W), k, W_low.dtype).name
+    settled = [_block(part, W, b, k, W_low, name, strict=route == "B") for part in x.split(stream.ROWS)]
     values, indices, proven = (torch.cat(parts) for parts in zip(*settled, strict=True))
     left = (~proven).nonzero().flatten()  # the one wait for the device
     for rows in left.split(max(1, _FLOAT32_VALUES // len(W))):
@@ -89,68 +87,10 @@ def encode_topk(
     return values, indices
 
 
-def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor, *, cap: int = 1024) -> Ragged:
-    """x [N, d], W [F, d], b [F], floor [F] -> the pre-activations above their feature's floor; NaN counts as above.
-
-    Float32 dot products in a fixed order decide. What was left out is proven by the errors of what was not: twice the
-    largest error among the candidates must stay below the slack with which they were found, else the search is done
-    again with a slack that always suffices. Waits for the device several times: the size of the result depends on data.
-    """
-    x, W, b, floor = x.detach(), W.detach(), b.detach().float(), floor.detach().float()
-    W_low = W.to(_search_dtype(W))
-    w_norm = _norms(W)
-    parts = [_block_above(part, W, b, floor, W_low, w_norm, cap) for part in x.split(ROWS)]
-    starts = torch.tensor([0, *(len(part.acts) for part in parts)]).cumsum(0).tolist()
-    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
-    end = torch.tensor([starts[-1]], device=x.device)
-    return Ragged(torch.cat([p.acts for p in parts]), torch.cat([p.features for p in parts]), torch.cat([*offsets, end]))
-
-
-def _block_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor, W_low: Tensor, w_norm: Tensor, cap: int) -> Ragged:
-    x_low, norms = x.to(W_low.dtype), (_norms(x), w_norm)
-    expected, certain = _spread(x, W_low)
-    for spread in (expected, certain):
-        found = surplus.emit_above(x_low, W_low, b, floor, norms=norms, spread=spread, cap=cap)
-        dots = ragged_dot(x, W, found.offsets, found.features)
-        exact = dots + b[found.features]
-        if spread == certain or bool(_within(found, dots, exact, norms, spread / settle.SAFETY, x_low.dtype)):
-            break
-    kept = ~(exact <= floor[found.features])
-    before = torch.zeros(len(kept) + 1, dtype=torch.int64, device=x.device)
-    before[1:] = kept.cumsum(0)
-    return Ragged(exact[kept], found.features[kept], before[found.offsets])
-
-
-def _spread(x: Tensor, W_low: Tensor) -> tuple[float, float]:
-    """Error of a product relative to |x| |W[f]|: eight times what roundings of random sign add up to, and the most."""
-    d = x.shape[1]
-    rounding = 0.0 if x.dtype == W_low.dtype else torch.finfo(W_low.dtype).eps / 2
-    summing = 4 * 2.0**-24 * d**0.5
-    return 8 * rounding / d**0.5 + summing, 2.02 * rounding + max(summing, 2.0**-23 * d)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """Length of each row; summed in float64, where no square of a float32 overflows or vanishes."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float()
-
-
-def _within(
-    found: Ragged, dots: Tensor, exact: Tensor, norms: tuple[Tensor, Tensor], spread: float, dtype: torch.dtype
-) -> Tensor:
-    """Whether no finite candidate's error, beyond the rounding of the product itself, exceeds ``spread`` |x| |W[f]|."""
-    rounding = torch.finfo(dtype).eps / 2 * 1.01 if dtype != torch.float32 else 0.0
-    error = (exact - found.acts).abs() - rounding * dots.abs() - 2.0**-22 * exact.abs()
-    return ~(error > spread * norms[0][found.tokens] * norms[1][found.features]).any()
-
-
-def _search_dtype(W: Tensor) -> torch.dtype:
-    return torch.bfloat16 if W.dtype == torch.float32 else W.dtype
-
-
 def _block(
     x: Tensor, W: Tensor, b: Tensor, k: int, W_low: Tensor, name: str, *, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, indices and whether they are proven, for at most ROWS tokens."""
+    """Values, indices and whether they are proven, for at most ``stream.ROWS`` tokens."""
     keep, x_low = candidates(k, len(W)), x.to(W_low.dtype)
     count, pair = (
         stream.running_largest(x_low, W_low, b, keep)
@@ -185,7 +125,7 @@ def _sample_size(keep: int, n_features: int) -> int:
 
 
 def _again(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Candidates from a float32 product of all features, and where they prove nothing either, every feature rescored."""
+    """Candidates from a float32 product of all features; where they prove nothing either, every feature rescored."""
     keep = candidates(k, len(W))
     pre_acts = torch.empty(len(x), len(W), device=x.device)
     for part in torch.arange(len(W)).split(max(1, _FLOAT32_VALUES // W.shape[1])):
@@ -196,8 +136,8 @@ def _again(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for rows in (~proven).nonzero().flatten().split(max(1, _EXHAUSTIVE_PAIRS // len(W))):
         every = torch.arange(len(W), device=x.device).expand(len(rows), -1)
         exact = sampled_dot(x[rows], W, every) + b
-        indices[rows] = reference.largest(exact, k)
-        values[rows] = exact.gather(1, indices[rows])
+        ranked = exact.sort(dim=1, descending=True, stable=True)  # NaN first, and among NaN the lower index too
+        values[rows], indices[rows] = ranked.values[:, :k], ranked.indices[:, :k]
     return values, indices
 
 
@@ -207,8 +147,3 @@ def _written_out(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tenso
     ]
     values, indices = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(indices)
-
-
-def variants() -> list[Variant]:
-    """Every way in which the kernels of this folder may be launched."""
-    return [*stream.variants(), *emit.variants(), *settle.variants(), *surplus.variants()]

@@ -39,7 +39,9 @@ def _settle(
     exact += tl.load(b_ptr + index, mask=live, other=0.0)
     approx = tl.load(approx_ptr + row * keep + slots, mask=live, other=0.0)
     error = tl.abs(exact - approx)
-    error = tl.where(error == error, error, float("inf"))  # NaN proves nothing, and a maximum might drop it
+    alike = (exact == approx) | ((exact != exact) & (approx != approx))  # infinite or NaN both times is no error
+    error = tl.where(alike, 0.0, error)
+    error = tl.where(error == error, error, float("inf"))  # NaN once proves nothing, and a maximum might drop it
     worst = tl.max(tl.where(live, error, 0.0), 0)
 
     pairs = tl.where(live, pack(order_of(exact), index.to(tl.int32)), EMPTY)

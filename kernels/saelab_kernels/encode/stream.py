@@ -2,10 +2,10 @@
 
 A chunk of pre-activations, 16 MB, is still in the L2 cache when the next kernel reads it, so selection costs no trip to
 memory. One program owns a token: it appends what beats the token's floor to a pool, and when the pool might not hold
-another block it keeps the ``keep`` largest and raises the floor to the smallest of them. The pool never overflows, and
+another block it keeps the ``keep`` largest and raises the floor to what they alone reach. The pool never overflows, and
 since features arrive in ascending order it stays in that order: of equal values those already there win, as they must.
-Raising the floor takes the next bit of the ``keep``-th largest 32 times, by counting: cheaper than a sort, and no
-index has to move until the border is known.
+The new floor is found bit by bit, by counting, until exactly ``keep`` reach it: cheaper than a sort, and no index has
+to move until the border is known.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ from saelab_kernels.select.fused import EMPTY, MAX_K, code_of, order_in, order_o
 
 #: Features that one step of a program reads: eight for each thread of one warp, 16 bytes of bfloat16.
 BLOCK = 256
+#: Tokens at a time: with 16 MB chunks a product then has 1024 features, enough tiles for 132 processors.
+ROWS = 8192
 #: One chunk; half of what an H100 keeps in L2, with room for the operands.
 CHUNK_BYTES = 2**24
+
+
+def search_dtype(W: Tensor) -> torch.dtype:
+    """The dtype in which candidates are sought: 16 bits, whatever is rescored."""
+    return W.dtype if W.element_size() == 2 else torch.bfloat16
 
 
 def chunks(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -40,16 +47,19 @@ def chunks(x: Tensor, W: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 @triton.jit
 def _cut(pair_ptr, count, keep, POOL: tl.constexpr):
-    """Leave the ``keep`` largest of ``count`` candidates in the order they are in; the smallest's value, and how many."""
+    """Leave the ``keep`` largest of ``count`` candidates in the order they are in; a floor for them and their count."""
     tl.debug_barrier()  # what other threads appended must have arrived
     slots = tl.arange(0, POOL)
     pairs = tl.load(pair_ptr + slots, mask=slots < count, other=EMPTY)
     codes = code_of(order_in(pairs))
     border = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
-        if tl.sum((codes >= (border | bit)).to(tl.int32), 0) >= keep:
+    at_border = count
+    while (at_border > keep) & (bit != 0):
+        reaching = tl.sum((codes >= (border | bit)).to(tl.int32), 0)
+        if reaching >= keep:
             border = border | bit
+            at_border = reaching
         bit = bit >> 1
     above = codes > border
     level = codes == border

@@ -1,11 +1,12 @@
 """Every pre-activation above its feature's floor, and the few that rounding might have kept from it.
 
-    candidate where  not (approx + slack <= floor[f]),   slack = u |approx - b| + 2^-22 |approx| + spread |x[n]| |W[f]|
+    candidate where  not (approx + slack <= floor[f])
+    slack = u |approx - b| + 2^-22 |approx| + spread |x[n]| |W[f]|
 
-with u the relative rounding of the product's output; the bias comes to it in float32. ``spread`` bounds the error of the sum, as a share of the largest
-value that it could have (Cauchy and Schwarz). One program owns a token and appends in ascending order of features, so
-the result is in order as it stands: no atomics, no sort. Infinity and NaN make the slack or the comparison such that
-the candidate is kept.
+with u the relative rounding of the product's output, to which the bias comes in float32. ``spread`` bounds the error of
+the sum, as a share of the largest value that it could have (Cauchy and Schwarz). One program owns a token and appends
+in ascending order of features, so the result is in order as it stands: no atomics, no sort. Infinity and NaN make the
+slack or the comparison such that the candidate is kept.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def _append_above(
         value = tl.load(chunk_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = rounding * tl.abs(value)  # the product was rounded before the bias came to it
         value += tl.load(b_ptr + first + columns, mask=inside, other=0.0)
-        slack = rounded + 2.0**-22 * tl.abs(value) + reach * tl.load(w_norm_ptr + first + columns, mask=inside, other=0.0)
+        slack = (
+            rounded + 2.0**-22 * tl.abs(value) + reach * tl.load(w_norm_ptr + first + columns, mask=inside, other=0.0)
+        )
         floor = tl.load(floor_ptr + first + columns, mask=inside, other=0.0)
         hit = inside & ~(value + slack <= floor)
         n_hits = tl.sum(hit.to(tl.int32), 0)
@@ -55,9 +58,10 @@ def _copy_rows(row_ptr, pair_ptr, offset_ptr, value_ptr, feature_ptr, cap, BLOCK
     begin, end = tl.load(offset_ptr + row), tl.load(offset_ptr + row + 1)
     for start in range(begin, end, BLOCK):
         slots = start + tl.arange(0, BLOCK)
-        pair = tl.load(pair_ptr + place * cap + slots - begin, mask=slots < end, other=0)
-        tl.store(value_ptr + slots, value_of(order_in(pair)), mask=slots < end)
-        tl.store(feature_ptr + slots, index_in(pair), mask=slots < end)
+        there = (slots < end) & (slots - begin < cap)
+        pair = tl.load(pair_ptr + place * cap + slots - begin, mask=there, other=0)
+        tl.store(value_ptr + slots, value_of(order_in(pair)), mask=there)
+        tl.store(feature_ptr + slots, index_in(pair), mask=there)
 
 
 def emit_above(
@@ -69,7 +73,8 @@ def emit_above(
     and [F]. ``cap`` candidates a token are provided for; tokens that have more are done once more with enough.
     """
     total = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    parts, rows, room = [], torch.arange(len(x), device=x.device), min(cap, len(W))
+    parts: list[tuple[Tensor, Tensor]] = []
+    rows, room = torch.arange(len(x), device=x.device), min(cap, len(W))
     while len(rows):
         count, pair = _append(x[rows] if parts else x, W, b, floor, (norms[0][rows], norms[1]), spread, room)
         total[rows] = count
@@ -83,9 +88,7 @@ def emit_above(
     values = torch.empty(n_pairs, device=x.device)
     features = torch.empty(n_pairs, dtype=torch.int64, device=x.device)
     for rows, pair in parts:  # a later part has all of a row of which an earlier one has the beginning
-        _copy_rows[len(rows),](
-            rows, pair, offsets, values, features, pair.shape[1], BLOCK=_COPY_BLOCK, num_warps=1
-        )
+        _copy_rows[len(rows),](rows, pair, offsets, values, features, pair.shape[1], BLOCK=_COPY_BLOCK, num_warps=1)
     return Ragged(values, features, offsets)
 
 

@@ -46,7 +46,7 @@ def feature_sum(pairs: Pairs, coefficients: Tensor) -> Tensor:
         ValueError: not one coefficient for each pair.
     """
     _check_coefficients(pairs, coefficients)
-    values = coefficients.detach().flatten()[pairs.order]
+    values = coefficients.detach().to(arguments.computing_dtype(coefficients)).flatten()[pairs.order]
     path = dispatch.choose(values.device, n_features=len(pairs.starts) - 1, k=1, gathers=False).name
     if path == "fused" and values.dtype == torch.float32:
         from saelab_kernels.grads import fused

@@ -28,7 +28,7 @@ from saelab_kernels.pairs import Pairs
 SEGMENT = 1024  # pairs that one program adds up at most: about 0.1 ms of waiting for memory
 WIDTH = 256  # columns of a tile: 16 bytes of bfloat16 for each thread of one warp
 ROWS = 8  # rows in flight at once, over both matrices of a joint sum
-_CHUNK = 256  # pairs that ``sums`` reads at once
+CHUNK = 256  # pairs that ``sums`` reads at once
 
 
 class WeightGrads(NamedTuple):
@@ -39,9 +39,8 @@ class WeightGrads(NamedTuple):
     b_enc: Tensor  # [F]
 
 
-class Partials(NamedTuple):
-    """Scratch rows [2 ceil(P / SEGMENT), d]: 2 s for the feature that owns the first pair of segment s, 2 s + 1 for a
-    feature that begins within it. Only rows of features with more than SEGMENT pairs are written."""
+class Rows(NamedTuple):
+    """Rows of one sum over pairs or of two."""
 
     first: Tensor
     second: Tensor  # the same tensor where there is one sum only
@@ -147,7 +146,7 @@ def _value_sums(starts_ptr, values_ptr, out_ptr, CHUNK: tl.constexpr):
 
 def weighted_sums(pairs: Pairs, values: Tensor, vectors: Tensor) -> Tensor:
     """Float32 [F, d] from the coefficient of each pair, in the order of the pairs, and vectors [N, d]."""
-    return _launch(pairs, values, vectors, None, None)[0]
+    return _launch(pairs, values, vectors, None, None).first
 
 
 def two_weighted_sums(pairs: Pairs, a: Tensor, g: Tensor, p: Tensor, x: Tensor) -> WeightGrads:
@@ -155,7 +154,8 @@ def two_weighted_sums(pairs: Pairs, a: Tensor, g: Tensor, p: Tensor, x: Tensor) 
 
     a and p [P] in the order of the pairs, g and x [N, d].
     """
-    return WeightGrads(*_launch(pairs, a, g, p, x), sums(pairs, p))
+    both = _launch(pairs, a, g, p, x)
+    return WeightGrads(both.first, both.second, sums(pairs, p))
 
 
 def sums(pairs: Pairs, values: Tensor) -> Tensor:
@@ -163,16 +163,20 @@ def sums(pairs: Pairs, values: Tensor) -> Tensor:
     n_features = len(pairs.starts) - 1
     out = torch.empty(n_features, device=values.device)
     if n_features:
-        _value_sums[n_features,](pairs.starts, values.contiguous(), out, CHUNK=_CHUNK, num_warps=1)
+        _value_sums[n_features,](pairs.starts, values.contiguous(), out, CHUNK=CHUNK, num_warps=1)
     return out
 
 
-def segment_sums(pairs: Pairs, a: Tensor, g: Tensor, p: Tensor | None = None, x: Tensor | None = None) -> Partials:
-    """The pieces of features with more than SEGMENT pairs, of one sum (a, g) or of two; all tensors contiguous."""
+def segment_sums(pairs: Pairs, a: Tensor, g: Tensor, p: Tensor | None = None, x: Tensor | None = None) -> Rows:
+    """Scratch rows [2 ceil(P / SEGMENT), d] of one sum (a, g) or of two; all tensors contiguous.
+
+    Row 2 s is for the feature that owns the first pair of segment s, row 2 s + 1 for one that begins within it. Only
+    those of features with more than SEGMENT pairs are written.
+    """
     n_pairs, d = len(pairs.tokens), g.shape[1]
     if n_pairs <= SEGMENT:  # then there are no such features, and no row is read
         nothing = torch.empty(0, device=g.device)
-        return Partials(nothing, nothing)
+        return Rows(nothing, nothing)
     begins = torch.arange(0, n_pairs, SEGMENT, device=g.device)
     ends = (begins + (SEGMENT - 1)).clamp_(max=n_pairs - 1)
     owners = torch.searchsorted(pairs.starts, torch.stack([begins, ends], dim=1), right=True) - 1
@@ -182,10 +186,10 @@ def segment_sums(pairs: Pairs, a: Tensor, g: Tensor, p: Tensor | None = None, x:
         pairs.starts, owners, pairs.tokens, a, g, a if p is None else p, g if x is None else x, first, second, d,
         TWO=p is not None, SEGMENT=SEGMENT, ROWS=ROWS, WIDTH=WIDTH, num_warps=1,
     )  # fmt: skip
-    return Partials(first, second)
+    return Rows(first, second)
 
 
-def _launch(pairs: Pairs, a: Tensor, g: Tensor, p: Tensor | None, x: Tensor | None) -> list[Tensor]:
+def _launch(pairs: Pairs, a: Tensor, g: Tensor, p: Tensor | None, x: Tensor | None) -> Rows:
     n_features, d = len(pairs.starts) - 1, g.shape[1]
     a, g = a.contiguous(), g.contiguous()
     p, x = None if p is None else p.contiguous(), None if x is None else x.contiguous()
@@ -197,14 +201,14 @@ def _launch(pairs: Pairs, a: Tensor, g: Tensor, p: Tensor | None, x: Tensor | No
             pairs.starts, pairs.tokens, a, g, a if p is None else p, g if x is None else x, *partials, out, other, d,
             TWO=p is not None, SEGMENT=SEGMENT, ROWS=ROWS, WIDTH=WIDTH, num_warps=1,
         )  # fmt: skip
-    return [out] if p is None else [out, other]
+    return Rows(out, other)
 
 
 def variants() -> list[Variant]:
     """Every way in which the kernels may be launched."""
     constants = {"SEGMENT": SEGMENT, "ROWS": ROWS, "WIDTH": WIDTH}
     found = [
-        Variant(_value_sums, {"starts_ptr": "*i64", "values_ptr": "*fp32", "out_ptr": "*fp32"}, {"CHUNK": _CHUNK},
+        Variant(_value_sums, {"starts_ptr": "*i64", "values_ptr": "*fp32", "out_ptr": "*fp32"}, {"CHUNK": CHUNK},
                 options={"num_warps": 1})
     ]  # fmt: skip
     dtypes = [("bf16", "bf16", False), ("fp32", "fp32", False)]

@@ -16,7 +16,7 @@ as the difference of two large rows.
 
 Logits of bfloat16 inputs are float32 products. A bfloat16 product rounds them to 8 bits, which for logits of about 20
 is an error of 0.1 nats. D however is as good in bfloat16 as the gradients are, so those two products are made in it
-where this CPU is faster so.
+where this CPU is faster so (``dispatch.candidate_gemm``, measured): their last bits may differ between machines.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from saelab_kernels import dispatch
 
-#: Largest tile of logits: 256 tokens x 4096 columns of float32. From 1 to 8 MiB the speed is the same within 5 %.
+#: Largest tile of logits, 256 tokens x 4096 columns of float32 or 2048 x 512: speed is the same from 1 to 8 MiB.
 TILE_BYTES = 2**22
-_MAX_ROWS = 2048
+MAX_ROWS = 2048
 
 
 class Logps(NamedTuple):
@@ -47,9 +47,9 @@ def token_logps(hidden: Tensor, W_U: Tensor, targets: Tensor) -> Logps:
     maximum = torch.full((len(hidden),), -torch.inf, dtype=dtype, device=hidden.device)
     total, at_target = torch.zeros_like(maximum), torch.full_like(maximum, torch.nan)
     buffer = _tile_buffer(hidden, W_U)
-    for rows in _parts(len(hidden), _MAX_ROWS):
+    for rows in _parts(len(hidden), MAX_ROWS):
         x = hidden[rows].to(dtype)
-        for columns in _parts(len(W_U), _columns_per_tile(len(x), dtype)):
+        for columns in _parts(len(W_U), buffer.shape[1]):
             logits = _logits(x, W_U[columns], buffer)
             local = targets[rows, None] - columns.start
             found = (local >= 0) & (local < logits.shape[1])
@@ -72,13 +72,13 @@ def gradients(
     low = _product_dtype(hidden)
     hidden_grad = torch.zeros_like(hidden, dtype=dtype) if need[0] else None
     # one part of rows writes each row of dL/dW_U once, in its own dtype; more of them add up in float32 first
-    several = len(hidden) > _MAX_ROWS
+    several = len(hidden) > MAX_ROWS
     W_grad = torch.zeros_like(W_U, dtype=dtype if several else None) if need[1] else None
     buffer = _tile_buffer(hidden, W_U)
-    for rows in _parts(len(hidden), _MAX_ROWS):
+    for rows in _parts(len(hidden), MAX_ROWS):
         x = hidden[rows].to(dtype)
         x_low = hidden[rows].to(low)
-        for columns in _parts(len(W_U), _columns_per_tile(len(x), dtype)):
+        for columns in _parts(len(W_U), buffer.shape[1]):
             logits = _logits(x, W_U[columns], buffer)
             delta = _delta(logits, logsumexp[rows], grad[rows], targets[rows] - columns.start).to(low)
             if hidden_grad is not None:
@@ -102,18 +102,16 @@ def _delta(logits: Tensor, logsumexp: Tensor, grad: Tensor, local: Tensor) -> Te
 
 def _logits(x: Tensor, W_U: Tensor, buffer: Tensor) -> Tensor:
     """``x @ W_U.T`` [n, columns] in the front of ``buffer``."""
-    out = buffer[: len(x) * len(W_U)].view(len(x), len(W_U))
+    out = buffer.view(-1)[: len(x) * len(W_U)].view(len(x), len(W_U))
     return torch.mm(x, W_U.to(x.dtype).T, out=out)
 
 
 def _tile_buffer(hidden: Tensor, W_U: Tensor) -> Tensor:
+    """Memory for the logits of one tile, [rows, columns] at the most."""
     dtype = _logits_dtype(hidden)
-    rows = min(len(hidden), _MAX_ROWS)
-    return hidden.new_empty(rows * min(len(W_U), _columns_per_tile(rows, dtype)), dtype=dtype)
-
-
-def _columns_per_tile(rows: int, dtype: torch.dtype) -> int:
-    return max(1, TILE_BYTES // (dtype.itemsize * max(1, rows)))
+    rows = min(len(hidden), MAX_ROWS)
+    columns = max(1, TILE_BYTES // (dtype.itemsize * max(1, rows)))
+    return hidden.new_empty(rows, min(columns, len(W_U)), dtype=dtype)
 
 
 def _parts(length: int, size: int) -> Iterator[slice]:

@@ -147,8 +147,7 @@ def token_logps(hidden: Tensor, W_U: Tensor, targets: Tensor) -> Logps:
         UPCAST=INTERPRETED, **_constants(tile), **tile.options,
     )  # fmt: skip
     largest = maximum.amax(0)
-    shift = torch.where(largest == -torch.inf, 0.0, largest)
-    logsumexp = shift + (total * (maximum - shift).exp()).sum(0).log()
+    logsumexp = largest + (total * (maximum - largest).exp()).sum(0).log()
     outside = (targets < 0) | (targets >= n_vocabulary)
     return Logps((at_target.amax(0) - logsumexp).masked_fill(outside, torch.nan), logsumexp)
 

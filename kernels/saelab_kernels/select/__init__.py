@@ -1,1 +1,1 @@
-"""Selection on a GPU, shared by the encoders: the k largest of a row of candidates, the n-th largest of a whole batch."""
+"""Selection on a GPU: the k largest of each row of candidates, and the n-th largest of a whole batch."""

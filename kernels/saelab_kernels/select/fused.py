@@ -26,7 +26,7 @@ EMPTY = tl.constexpr(-(2**63))
 #: The k of a row are sorted in registers, by code that grows with k: 170 KB at 1024.
 MAX_K = 1024
 
-_PIECE = 512  # candidates that a warp compares at a time; the encoders leave 200 to 400 in a row
+_PIECE = 256  # candidates that a warp compares at a time; the encoders leave 200 to 400 in a row
 
 
 class Selected(NamedTuple):
@@ -84,15 +84,16 @@ def index_in(pair):
 def _select_topk(
     pair_ptr, count_ptr, value_ptr, index_ptr, kth_ptr, cap, k, K: tl.constexpr, PIECE: tl.constexpr
 ):  # fmt: skip
-    """The k-th largest bit by bit, by counting, then a sort of the k that reach it: no pair is sorted to be dropped."""
+    """A border that k pairs reach, bit by bit, by counting; then a sort of those: no pair is sorted to be dropped."""
     row = tl.program_id(0).to(tl.int64)
     pair_ptr += row * cap
     count = tl.minimum(tl.load(count_ptr + row), cap)
     slots = tl.arange(0, PIECE)
     lowest = tl.full((), 0x8000000000000000, tl.uint64)
-    border = tl.full((), 0, tl.uint64)  # stays 0 where there are fewer than k
+    border = tl.full((), 0, tl.uint64)
     bit = lowest
-    for _ in range(64):
+    at_border = count
+    while (at_border > k) & (bit != 0):
         reaching = tl.full((), 0, tl.int32)
         for start in range(0, count, PIECE):  # from the L1 cache all but the first time
             pairs = tl.load(pair_ptr + start + slots, mask=start + slots < count, other=EMPTY)
@@ -100,6 +101,7 @@ def _select_topk(
             reaching += tl.sum((codes >= (border | bit)).to(tl.int32), 0)
         if reaching >= k:
             border = border | bit
+            at_border = reaching
         bit = bit >> 1
 
     found = tl.full((), 0, tl.int32)
@@ -124,6 +126,8 @@ def _select_topk(
 def select_topk(pair: Tensor, count: Tensor, k: int) -> Selected:
     """pair int64 [N, cap], of which the first ``min(count[n], cap)`` of row n are candidates; count int32 [N].
 
+    No index appears twice in a row.
+
     Raises:
         ValueError: k is not in 1..MAX_K.
     """
@@ -143,7 +147,7 @@ def select_topk(pair: Tensor, count: Tensor, k: int) -> Selected:
 
 
 def warps(n_sorted: int) -> int:
-    """Warps for one program that sorts so many candidates: 4 in a thread. With 16, ptxas takes minutes."""
+    """Warps for one program that sorts so many candidates: 4 in a thread. With 16, ptxas takes a minute."""
     return max(1, n_sorted // 128)
 
 

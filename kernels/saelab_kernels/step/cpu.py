@@ -1,7 +1,7 @@
 """The training step on the CPU, a block of features at a time: their gradient is used while it is in the cache.
 
 Gradients of [F, d] are neither allocated nor read back. At F = 16,384 and d = 768 that takes the two matrices'
-gradients, projection, Adam and normalisation from 68 to 25 ms: a fresh tensor of 50 MB costs 10 ms in page faults alone.
+gradients, projection, Adam and normalisation from 68 to 25 ms: a fresh tensor of 50 MB costs 10 ms in page faults.
 Clipping needs the norm of the whole gradient before the first weight may change; the blocks are then computed twice.
 """
 
