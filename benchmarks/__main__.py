@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"train: of torch's contenders only these: {', '.join(bench_train.IN_TORCH)}, or none (default all)",
     )  # fmt: skip
     top.add_argument("--steps", type=int, default=300, help="quality: training steps (default 300)")
-    top.add_argument("--lr", type=float, default=1e-3, help="quality: learning rate after the warm-up (default 1e-3)")
+    top.add_argument("--lr", type=float, default=2e-3, help="quality: learning rate after the warm-up (default 2e-3)")
     top.add_argument(
         "--workspace", type=Path, default=_ROOT / "runs" / "demo", help="quality: whose activations (default runs/demo)"
     )

@@ -22,6 +22,9 @@ from benchmarks.peers.client import Peer, PeerError
 from benchmarks.problem import CLIP_NORM, Problem
 from benchmarks.shapes import Shape
 
+# The default learning rate, 2e-3, is the one of 4e-4, 1e-3 and 2e-3 at which both sides end lowest after 300 steps.
+# Below it the peer, whose decoder rows may grow, is ahead for longer: by 1.1 % after 300 steps at 1e-3.
+
 #: Our held-out error over the peer's may be so much at most.
 LARGEST_RATIO = 1.01
 _WARMUP_SHARE = 0.05

@@ -198,7 +198,7 @@ def _row(encoder: Encoder, acts: Tensor, shape: Shape) -> dict[str, Any]:
     contenders = {name: _numbers(values, len(acts)) for name, values in rates.items()}
     contenders["saelab"]["median_ms"] = round(contenders["saelab"]["median_ms"] + 1000 * last_merge_s, 3)
     floor_ms = min(numbers["median_ms"] for name, numbers in contenders.items() if name.startswith("product"))
-    sample = acts[: max(chunk, len(acts) // 5)]
+    sample = acts[: max(chunk, len(acts) // 10)]
     for name, numbers in contenders.items():
         contender = _OurPass(encoder, chunk) if name == "saelab" else run[name]
         numbers["peak_bytes"] = peak_bytes(functools.partial(contender, sample), device)

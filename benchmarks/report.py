@@ -61,7 +61,7 @@ _MEANING = {
         "The largest activations of every feature and its histogram, over all tokens. The floor is the encoder's "
         "product alone in the faster precision; the peers' way is a product chunk by chunk with a running torch.topk, "
         "without a histogram. Times are for all tokens; those of the others are measured on a quarter of them, in "
-        "between ours. A shape's tokens are those of a chunk; peak is over a fifth of all tokens. Before, three "
+        "between ours. A shape's tokens are those of a chunk; peak is over a tenth of all tokens. Before, three "
         "chunkings gave the same bits.",
     ),
     "quality": (

@@ -28,7 +28,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], palette: Palette) -
     The lowest bin takes all that is below and begins at 0, which has no logarithm: it is drawn half an octave wide.
     """
     floor = 0.7  # a bar of one firing must have a height
-    values = [
+    values: list[dict[str, Any]] = [
         {"from": low or high / math.sqrt(2), "to": high, "n": n, "floor": floor, "range": f"{low:.3g} to {high:.3g}"}
         for (low, high), n in zip(pairwise(edges), counts, strict=True)
         if n

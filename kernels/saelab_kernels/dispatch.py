@@ -86,6 +86,15 @@ def candidate_gemm() -> Choice:
     return _stated(Choice("float32", f"a bfloat16 matrix product is only {ratio:.1f}x as fast as float32 on this CPU"))
 
 
+def bfloat16_units(device: torch.device) -> bool:
+    """Whether ``device`` has instructions for bfloat16 products: for results whose bits depend on the answer, which a
+    measurement must not decide. False for a device that is neither a CPU nor CUDA."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _matmul_seconds(dtype: torch.dtype) -> float:
     # small enough that a CPU without bfloat16 instructions, a hundred times slower, still answers at once
     left, right = torch.ones(128, 256, dtype=dtype), torch.ones(512, 256, dtype=dtype)

@@ -70,7 +70,6 @@ def run_indexing(
 
     sae_path = rundir.find(run, "sae")
     out = out or sae_path.parent / "index"
-    rundir.check_replaceable(out, "index")
     if is_begun(out):
         raise ArtifactError(
             f"an index of {out} was begun and interrupted; continue it with: saelab index --resume {out}, "
@@ -111,10 +110,11 @@ def _workplace(out: Path) -> Path:
 def _build(
     sae_path: Path, settings: IndexConfig, *, activations: Path | None, out: Path, device: str | None
 ) -> FeatureIndex:
-    from saelab import atomic
+    from saelab import atomic, rundir
     from saelab.features import codes, scan
     from saelab.features.index import FeatureIndex, build_index
 
+    rundir.check_replaceable(out, "index")
     sae, store, model = opened(sae_path, activations=activations, device=device)
     n_tokens = min(settings.max_tokens or store.n_rows * store.context, store.n_rows * store.context)
     n_pairs = n_tokens * getattr(sae.cfg, "k", 64)

@@ -109,7 +109,7 @@ def build(
     resume: bool = False,
     progress: Progress | None = None,
     chunk_rows: int = 64,
-    checkpoint_chunks: int = 16,
+    checkpoint_chunks: int = 32,
     block_pairs: int = codes.BLOCK_PAIRS,
 ) -> None:
     """Write the index of ``sae`` over ``store`` into the empty or absent directory ``out``.

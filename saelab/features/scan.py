@@ -79,7 +79,7 @@ def scan(
     hook_name: str,
     settings: IndexConfig,
     chunk_rows: int = 64,
-    checkpoint_chunks: int = 16,
+    checkpoint_chunks: int = 32,
     progress: Progress | None = None,
 ) -> Scanned:
     """Everything but the first position (BOS) of each of ``rows``, from where the last checkpoint in ``folder`` ends.

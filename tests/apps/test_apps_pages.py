@@ -161,6 +161,14 @@ def test_a_silent_feature_says_that_it_never_fired(shown: Path):
     assert "never fired" in words(opened(frame.FEATURE, run="indexed", feature="5"))
 
 
+def test_samples_are_named_by_the_activations_they_lie_between(shown: Path):
+    app = opened(frame.FEATURE, run="indexed", feature="4")
+    record = sl.load_index(shown / "indexed").feature(4)
+    names = app.button_group[0].options
+    assert names[:2] == ["Top", f"{record.interval_edges[-2]:.3g}–{record.max_act:.3g}"]
+    assert len(names) == 1 + sum(map(bool, record.interval_examples))
+
+
 def test_hostile_tokens_reach_the_markup_escaped(shown: Path):
     for feature in ("0", "1", "2"):
         text = words(opened(frame.FEATURE, run="hostile", feature=feature))

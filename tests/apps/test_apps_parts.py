@@ -153,6 +153,15 @@ def test_a_histogram_keeps_every_count(index: sl.FeatureIndex):
     assert sum(bar["n"] for bar in spec["data"]["values"]) == record.n_fired
 
 
+def test_a_histogram_begins_at_the_lowest_bin_that_is_filled():
+    spec = charts.histogram((0.0, 1.0, 2.0, 4.0, 5.0), (3, 0, 2, 1), theme.PALETTES["light"])
+    bars = spec["data"]["values"]
+    assert [bar["range"] for bar in bars] == ["0 to 1", "2 to 4", "4 to 5"]
+    assert bars[0]["from"] == pytest.approx(0.707, abs=1e-3)  # 0 has no logarithm
+    assert spec["encoding"]["x"]["scale"]["domain"] == [bars[0]["from"], 5.0]
+    assert charts.histogram((0.0, 1.0, 2.0), (0, 4), theme.PALETTES["light"])["data"]["values"][0]["from"] == 1.0
+
+
 def test_pictures_leave_out_what_has_no_logarithm():
     density, palette = np.array([0.0, 0.01, 0.1]), theme.PALETTES["light"]
     spec = charts.densities(density, palette)

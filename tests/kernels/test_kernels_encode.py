@@ -196,3 +196,13 @@ def test_bad_arguments_are_named(arguments, error, sentence):
     x, W, b = layer(2, 16, 300)
     with pytest.raises(error, match=sentence):
         encode_topk(**({"x": x, "W": W, "b": b, "k": 4} | arguments))
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu"])
+def test_nan_pre_activations_tie_to_the_lower_index_too(path, monkeypatch):
+    monkeypatch.setenv("SAELAB_KERNELS", path)
+    x, W, b = layer(2, 4, 1300)
+    b[::3] = torch.nan
+    top = encode_topk(x, W, b, 30, relu=False)
+    assert top.top_indices[0].tolist() == list(range(0, 90, 3))
+    assert top.top_acts.isnan().all()

@@ -32,9 +32,10 @@ def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> Ragged:
     arguments.check_vector("b", b, length=len(W))
     arguments.check_vector("floor", floor, length=len(W))
     dtype = arguments.computing_dtype(x, W, b, floor)
-    x, W, b, floor = (tensor.to(dtype) for tensor in (x, W, b, floor))
     # how many features are active is not known before; what is read is a matrix product of all of them
     path = dispatch.path_for(W, 1, gathers=False, dtype=dtype)
+    if path != "fused":  # which reads 16-bit weights as they are
+        x, W, b, floor = (tensor.to(dtype) for tensor in (x, W, b, floor))
     if path == "reference":  # which torch differentiates
         return reference.encode_above(x, W, b, floor)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelab_kernels import arguments, dispatch
+from saelab_kernels import arguments, compiled, dispatch
 from saelab_kernels.above import encode_above
 from saelab_kernels.batchtopk import reference
 from saelab_kernels.ragged import Ragged
@@ -33,16 +33,30 @@ def encode_batchtopk(x: Tensor, W: Tensor, b: Tensor, k: int) -> Ragged:
     arguments.check_matrix("x", x, columns=W.shape[1])
     arguments.check_vector("b", b, length=len(W))
     arguments.check_k(k, len(W))
-    if dispatch.path_for(W, k, gathers=False) == "reference":
-        dtype = arguments.computing_dtype(x, W, b)
+    dtype = arguments.computing_dtype(x, W, b)
+    path = dispatch.path_for(W, k, gathers=False, dtype=dtype)
+    if path == "reference":
         return reference.encode_batchtopk(x.to(dtype), W.to(dtype), b.to(dtype), k * len(x))
     excess = _EXCESS
     while True:
         floor = _floor(x, W, b, k, excess)
         found = encode_above(x, W, b, floor.expand(len(W)))
         if len(found.acts) >= k * len(x) or floor == 0:
-            return reference.keep_largest(found, k * len(x))
+            return _keep_largest(found, k * len(x), path)
         excess *= 2
+
+
+def _keep_largest(found: Ragged, n_kept: int, path: str) -> Ragged:
+    if path != "fused" or len(found.acts) <= n_kept:
+        return reference.keep_largest(found, n_kept)
+    from saelab_kernels.select import radix
+
+    return compiled.or_else(
+        "batch_threshold",
+        lambda: reference.not_below(found, radix.batch_threshold(found.acts.detach(), n_kept)),
+        lambda: reference.keep_largest(found, n_kept),
+        strict=dispatch.strict(),
+    )
 
 
 @torch.no_grad()

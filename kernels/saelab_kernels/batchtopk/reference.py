@@ -21,8 +21,11 @@ def keep_largest(found: Ragged, n_kept: int) -> Ragged:
     """The ``n_kept`` largest activations of a ragged batch, with all that equal the smallest; NaN counts as largest."""
     if len(found.acts) <= n_kept:
         return found
-    values = found.acts.detach()
-    smallest = values.kthvalue(len(values) - n_kept + 1).values
-    kept = ~(values < smallest)
+    return not_below(found, found.acts.detach().kthvalue(len(found.acts) - n_kept + 1).values)
+
+
+def not_below(found: Ragged, smallest: Tensor) -> Ragged:
+    """The activations that are not below ``smallest``, a scalar."""
+    kept = ~(found.acts < smallest)
     n_before = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)])
     return Ragged(found.acts[kept], found.features[kept], n_before[found.offsets])

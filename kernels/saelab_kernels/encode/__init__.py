@@ -38,8 +38,9 @@ def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int, *, relu: bool = True) -
     arguments.check_vector("b", b, length=len(W))
     arguments.check_k(k, len(W))
     dtype = arguments.computing_dtype(x, W, b)
-    x, W, b = x.to(dtype), W.to(dtype), b.to(dtype)
     path = dispatch.path_for(W, k, gathers=False, dtype=dtype)
+    if path != "fused":  # which reads 16-bit weights as they are
+        x, W, b = x.to(dtype), W.to(dtype), b.to(dtype)
     if path == "reference":
         top_acts, top_indices = reference.encode_topk(x, W, b, k)
         return TopK(top_acts.relu() if relu else top_acts, top_indices)

@@ -33,7 +33,7 @@ from saelab_kernels.workers import spread
 #: A row's gap must exceed this multiple of the largest error among its ~1.7 k candidates (misses: kernels/README.md).
 SAFETY = 2.0
 
-_BLOCK_BYTES = 2**24
+_BLOCK_BYTES = 2**25
 _CHUNK_BYTES = 2**21
 _LARGEST_GROUP = 16
 _MAX_PAIRS = 2**22
@@ -55,7 +55,8 @@ def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
     if x.dtype != torch.float32:  # float64 is for checks: nothing to gain from candidates
         return reference.encode_topk(x, W, b, k)
     top_acts, top_indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    rows_per_block = max(1, _BLOCK_BYTES // (2 * len(W)))
+    n_blocks = -(-2 * len(W) * len(x) // _BLOCK_BYTES)
+    rows_per_block = max(1, -(-len(x) // max(1, n_blocks)))
     gemm = getattr(torch, dispatch.candidate_gemm().name)
     searchable = len(W) >= k + margin(k) and _all_finite(W) and _all_finite(b)
     W_low, b_low = (W.to(gemm), b.to(gemm)) if searchable else (W, b)

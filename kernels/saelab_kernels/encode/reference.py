@@ -24,6 +24,7 @@ def largest(values: Tensor, k: int) -> Tensor:
     order = values.gather(1, indices).sort(dim=1, descending=True, stable=True).indices
     indices = indices.gather(1, order)
     if k < n_features:
-        torn = top.values[:, k - 1] == top.values[:, k]
+        last, next_one = top.values[:, k - 1], top.values[:, k]
+        torn = (last == next_one) | (last.isnan() & next_one.isnan())
         indices[torn] = values[torn].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return indices

@@ -16,7 +16,7 @@ as the difference of two large rows.
 
 Logits of bfloat16 inputs are float32 products. A bfloat16 product rounds them to 8 bits, which for logits of about 20
 is an error of 0.1 nats. D however is as good in bfloat16 as the gradients are, so those two products are made in it
-where this CPU is faster so (``dispatch.candidate_gemm``, measured): their last bits may differ between machines.
+where the CPU has the instructions (``dispatch.bfloat16_units``): their last bits may differ between machines.
 """
 
 from __future__ import annotations
@@ -125,6 +125,6 @@ def _logits_dtype(hidden: Tensor) -> torch.dtype:
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the two products with D."""
-    if hidden.dtype == torch.bfloat16 and (hidden.is_cuda or dispatch.candidate_gemm().name == "bfloat16"):
+    if hidden.dtype == torch.bfloat16 and dispatch.bfloat16_units(hidden.device):
         return torch.bfloat16
     return _logits_dtype(hidden)

@@ -165,9 +165,7 @@ def hist_sample(
 ) -> Firings | None:
     """As the reference."""
     sample = feature_hash is not None
-    groups, priorities = (torch.empty(len(features) if sample else 0, dtype=torch.int64, device=features.device),) * 2
-    if sample:
-        priorities = torch.empty_like(groups)
+    groups, priorities = torch.empty(2, len(features) if sample else 0, dtype=torch.int64, device=features.device)
     if len(features):
         _hist_sample[triton.cdiv(len(features), BLOCK),](
             features.contiguous(), positions.contiguous(), values.contiguous(), *tally,
