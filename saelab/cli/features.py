@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saelab.cli.console import AsJson, Device, emit, table
+from saelab.cli.console import AsJson, Device, emit, say, table
 from saelab.cli.inputs import model_of
 from saelab.errors import ConfigError
 

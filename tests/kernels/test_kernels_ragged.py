@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
 from saelab_kernels import Ragged, pairs_by_feature, ragged_decode, ragged_dot, ragged_pairs
 from saelab_kernels.dots import cpu as dots
-from saelab_kernels.workers import spread
 
 
 @pytest.fixture(autouse=True)
@@ -65,17 +62,3 @@ def test_features_out_of_range_are_refused():
         ragged_pairs(active, 1)
     with pytest.raises(ValueError, match=r"vectors must have shape \[5, 4\]"):
         ragged_dot(torch.ones(6, 4), torch.ones(10, 4), active)
-
-
-def test_work_is_spread_over_threads_in_order_and_errors_come_through(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    both = threading.Barrier(2, timeout=20)  # passes only if two run side by side
-
-    def squared(item: int) -> int:
-        both.wait()
-        return item * item
-
-    assert spread(squared, range(6)) == [0, 1, 4, 9, 16, 25]
-    with pytest.raises(ZeroDivisionError):
-        spread(lambda item: 1 // item, [2, 1, 0])
-    assert spread(squared, []) == []

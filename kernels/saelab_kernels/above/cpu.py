@@ -7,7 +7,7 @@
     4. exact = float32 dot products in place (saelab_kernels.dots); the pairs above the floor are the result.
 
 A pair outside the candidates could only belong to the result if its error exceeded the slack. Where twice the largest
-error seen among the candidates near 0 does not stay below the slack, the block is done again with a wider one, and if
+error seen among the candidates near 0 does not stay below the slack, they are sought again with a wider one, and if
 that keeps failing with every pair; tokens that are not finite are done with every pair at once. As in ``encode.cpu``, a
 token's result is that of float32 dot products in a fixed order and depends neither on its batch nor on the precision of
 step 1.
@@ -26,15 +26,16 @@ from saelab_kernels import dispatch
 from saelab_kernels.above import reference
 from saelab_kernels.dots.cpu import ragged_dot
 from saelab_kernels.ragged import Ragged
-from saelab_kernels.workers import spread
 
 #: The slack must exceed this multiple of the largest error among the candidates near the floor.
 SAFETY = 2.0
 
+#: One block of approx, and how many of them are rescored together.
 _BLOCK_BYTES = 2**24
+_BLOCKS = 4
 _CHUNK_BYTES = 2**22
 _MAX_PAIRS = 2**22
-_SAMPLE = 2048
+_SAMPLE = 4096
 _ATTEMPTS = 3
 
 
@@ -63,46 +64,59 @@ def encode_above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor) -> Ragged:
     searchable = _all_finite(W) and _all_finite(b) and not floor.isnan().any()
     rows = max(1, _BLOCK_BYTES // (layer.W_low.element_size() * len(W)))
     found, slack = [], 0.0
-    for start in range(0, len(x), rows):
-        block = x[start : start + rows]
-        if searchable and _all_finite(block):
-            part, slack = _block(block, layer, slack)
+    for start in range(0, len(x), _BLOCKS * rows):
+        tokens = x[start : start + _BLOCKS * rows]
+        if searchable and _all_finite(tokens):
+            part, slack = _proven(tokens, layer, slack, rows)
         else:
-            part = _exhaustive(block, layer)
+            part = _exhaustive(tokens, layer)
         found.append(part._replace(tokens=part.tokens + start))
     if not found:
         return Ragged(x.new_zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    tokens = np.concatenate([part.tokens for part in found])
-    offsets = torch.from_numpy(np.searchsorted(tokens, np.arange(len(x) + 1)))
-    return Ragged(torch.cat([part.exact for part in found]), torch.cat([part.features for part in found]), offsets)
+    offsets = np.searchsorted(np.concatenate([part.tokens for part in found]), np.arange(len(x) + 1))
+    features = torch.cat([part.features for part in found])
+    return Ragged(torch.cat([part.exact for part in found]), features, torch.from_numpy(offsets))
 
 
-def _block(x: Tensor, layer: _Layer, slack: float) -> tuple[_Found, float]:
-    """The pairs of some tokens, and the slack to begin the next block with."""
-    approx = F.linear(x.to(layer.W_low.dtype), layer.W_low, layer.shifted)
-    slack = slack or _sampled_slack(x, layer, approx)
+def _proven(x: Tensor, layer: _Layer, slack: float, rows: int) -> tuple[_Found, float]:
+    """The pairs of some tokens, and the slack to begin the next ones with."""
+    slack = slack or _sampled_slack(x[:rows], layer)
     for _ in range(_ATTEMPTS):
-        found, error = _search(x, layer, approx, slack)
+        found, error = _search(x, layer, slack, rows)
         if SAFETY * error < slack:
             return found, slack
         slack = 4 * error
     return _exhaustive(x, layer), slack
 
 
-def _search(x: Tensor, layer: _Layer, approx: Tensor, slack: float) -> tuple[_Found, float]:
-    """Steps 3 and 4, and the largest error among the candidates near the floor."""
-    flat = _at_least(approx, -(slack + layer.rounding))
-    tokens, features, exact = _exact(x, layer, flat)
-    height = exact - layer.floor[features]
-    values = approx.view(-1)[torch.from_numpy(flat)].float()
-    error = (height - values).abs_().sub_(layer.rounding[features]).masked_fill_(values > slack, 0)
-    kept = height > 0
-    largest = float(error.max()) if len(flat) else 0.0
-    return _Found(tokens[kept.numpy()], features[kept], exact[kept]), max(largest, 0.0)
+def _search(x: Tensor, layer: _Layer, slack: float, rows: int) -> tuple[_Found, float]:
+    """Steps 1, 3 and 4, and the largest error among the candidates near the floor."""
+    # one bound for all features is compared with twice as fast, unless it lets through too much
+    rounding = layer.rounding.max()
+    low = -(slack + (rounding if rounding <= slack else layer.rounding))
+    positions, approximate = [], []
+    for start in range(0, len(x), rows):
+        approx = _approx(x[start : start + rows], layer)
+        flat = _at_least(approx, low)
+        positions.append(flat + start * len(layer.W))
+        approximate.append(approx.view(-1)[torch.from_numpy(flat)])
+    values = torch.cat(approximate).float().numpy()
+    # all blocks at once: the weights, which outgrow the cache, pass by once for all of their tokens
+    tokens, features, exact = _exact(x, layer, np.concatenate(positions))
+    height = exact.numpy() - layer.floor.numpy()[features]
+    near = np.flatnonzero(values <= slack)
+    error = np.abs(height[near] - values[near]) - layer.rounding.numpy()[features[near]]
+    kept = np.flatnonzero(height > 0)
+    found = _Found(tokens[kept], torch.from_numpy(features[kept]), exact[torch.from_numpy(kept)])
+    return found, float(error.max(initial=0.0))
+
+
+def _approx(x: Tensor, layer: _Layer) -> Tensor:
+    return F.linear(x.to(layer.W_low.dtype), layer.W_low, layer.shifted)
 
 
 def _at_least(approx: Tensor, low: Tensor) -> np.ndarray:
-    """Ascending flat positions of the entries of ``approx`` [N, F] that reach the negative ``low`` [F].
+    """Ascending flat positions of the entries of ``approx`` [N, F] that reach the negative ``low``, [F] or a scalar.
 
     As unsigned integers the bits of floats run 0, ..., +inf, -0, ..., -inf, so one comparison decides.
     """
@@ -114,30 +128,31 @@ def _at_least(approx: Tensor, low: Tensor) -> np.ndarray:
     bits = approx.view(signed).numpy().view(unsigned)
     rows = max(1, _CHUNK_BYTES // bits[0].nbytes)
 
-    def chunk(start: int) -> np.ndarray:
-        return np.flatnonzero(bits[start : start + rows] <= border) + start * bits.shape[1]
-
-    return np.concatenate(spread(chunk, range(0, len(bits), rows)))
+    found = [np.flatnonzero(bits[at : at + rows] <= border) + at * bits.shape[1] for at in range(0, len(bits), rows)]
+    return np.concatenate(found)
 
 
-def _sampled_slack(x: Tensor, layer: _Layer, approx: Tensor) -> float:
-    """Four times the largest error relative to the pre-activations' own spread, among pairs spread over the block."""
+def _sampled_slack(x: Tensor, layer: _Layer) -> float:
+    """Four times the largest error near 0 among pairs spread over the features of a few tokens."""
+    approx = _approx(x[:16], layer)
     flat = np.linspace(0, approx.numel() - 1, min(_SAMPLE, approx.numel()), dtype=np.int64)
-    _, features, exact = _exact(x, layer, flat)
+    _, features, exact = _exact(x[:16], layer, flat)
+    index = torch.from_numpy(features)
     values = approx.view(-1)[torch.from_numpy(flat)].float()
     # the output's own rounding grows with its distance from 0 and says nothing about the pairs at the border
     output = values.abs() * torch.finfo(approx.dtype).eps / 2
-    error = ((exact - layer.floor[features]) - values).abs() - output - layer.rounding[features]
+    error = ((exact - layer.floor[index]) - values).abs() - output - layer.rounding[index]
     return 4 * float(error.max().clamp_min(torch.finfo(torch.float32).eps * values.abs().max()))
 
 
-def _exact(x: Tensor, layer: _Layer, flat: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
+def _exact(x: Tensor, layer: _Layer, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """Token, feature and float32 pre-activation of each of the ascending positions ``flat`` in [N, F]."""
     n_features = len(layer.W)
     starts = np.searchsorted(flat, np.arange(len(x) + 1) * n_features)
     tokens = np.repeat(np.arange(len(x)), np.diff(starts))
-    features = torch.from_numpy(flat - tokens * n_features)
-    return tokens, features, ragged_dot(x, layer.W, torch.from_numpy(starts), features) + layer.b[features]
+    features = flat - tokens * n_features
+    index = torch.from_numpy(features)
+    return tokens, features, ragged_dot(x, layer.W, torch.from_numpy(starts), index) + layer.b[index]
 
 
 def _exhaustive(x: Tensor, layer: _Layer) -> _Found:
@@ -147,10 +162,13 @@ def _exhaustive(x: Tensor, layer: _Layer) -> _Found:
     for start in range(0, len(x), rows):
         block = x[start : start + rows]
         tokens, features, exact = _exact(block, layer, np.arange(len(block) * n_features))
-        kept = ~(exact <= layer.floor[features])
-        parts.append(_Found(tokens[kept.numpy()] + start, features[kept], exact[kept]))
-    tokens, features, exact = zip(*parts, strict=True)
-    return _Found(np.concatenate(tokens), torch.cat(features), torch.cat(exact))
+        kept = ~(exact <= layer.floor[torch.from_numpy(features)])
+        parts.append(_Found(tokens[kept.numpy()] + start, torch.from_numpy(features)[kept], exact[kept]))
+    return _Found(
+        np.concatenate([part.tokens for part in parts]),
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.exact for part in parts]),
+    )
 
 
 def _all_finite(tensor: Tensor) -> bool:

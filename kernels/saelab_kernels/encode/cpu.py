@@ -28,7 +28,6 @@ from torch import Tensor
 from saelab_kernels import dispatch
 from saelab_kernels.dots.cpu import ragged_dot, sampled_dot
 from saelab_kernels.encode import reference
-from saelab_kernels.workers import spread
 
 #: A row's gap must exceed this multiple of the largest error among its ~1.7 k candidates (misses: kernels/README.md).
 SAFETY = 2.0
@@ -112,16 +111,15 @@ def _candidates(bits: np.ndarray, n_wanted: int) -> tuple[np.ndarray, np.ndarray
     """Flat positions of the candidates among ``bits`` [N, F], and each row's floor [N] as a sortable integer."""
     n_features = bits.shape[1]
     rows = max(1, _CHUNK_BYTES // (n_features * bits.itemsize))  # what these passes share stays in the cache
-
-    def chunk(start: int) -> tuple[np.ndarray, np.ndarray]:
+    positions, floors = [], []
+    for start in range(0, len(bits), rows):
         codes = bits[start : start + rows]
         floor = _floor(codes, n_wanted)
         if (floor <= 0).any():  # positive floats are in order as they are, and a floor above 0 is found among them
             codes = _sortable(codes)
             floor = _floor(codes, n_wanted)
-        return np.flatnonzero(codes >= floor[:, None]) + start * n_features, floor
-
-    positions, floors = zip(*spread(chunk, range(0, len(bits), rows)), strict=True)
+        floors.append(floor)
+        positions.append(np.flatnonzero(codes >= floor[:, None]) + start * n_features)
     return np.concatenate(positions), np.concatenate(floors)
 
 
