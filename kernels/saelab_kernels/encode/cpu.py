@@ -9,8 +9,8 @@
 
 A feature outside the candidates has approx < floor, so it could only belong to the k if its error exceeded
 (k-th exact - floor). Rows where that gap is not above twice the largest error seen among their own candidates are done
-again with float32 candidates, and if that is no proof either (many equal values, NaN) with every feature. So the result
-is that of float32 dot products in fixed order, whatever the precision and speed of step 1.
+again with more candidates, then with those of a float32 product, and if that is no proof either (many equal values, NaN)
+with every feature. So the result is that of float32 dot products in fixed order, whatever the precision of step 1.
 
 Floats are compared as integers of the same size (step 2, 3, 5): numpy's integer sort, partition and comparison use the
 CPU's vector instructions. ``_sortable`` maps float bits to integers of the same order and is its own inverse.
@@ -35,6 +35,8 @@ SAFETY = 2.0
 _BLOCK_BYTES = 2**25
 _CHUNK_BYTES = 2**21
 _LARGEST_GROUP = 16
+#: Margins of a second search among the same approximate values, which costs next to nothing for a few rows.
+_WIDER = 4
 _MAX_PAIRS = 2**22
 
 
@@ -61,28 +63,38 @@ def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
     W_low, b_low = (W.to(gemm), b.to(gemm)) if searchable else (W, b)
     for start in range(0, len(x), rows_per_block):
         block = slice(start, start + rows_per_block)
+        left = torch.arange(start, min(start + rows_per_block, len(x)))
         if searchable:
-            selected = _select(x[block], W, b, k, W_low, b_low)
-            top_acts[block], top_indices[block] = selected.top_acts, selected.top_indices
-            left = start + (~selected.proven).nonzero().flatten()
-            if gemm != torch.float32 and len(left):
-                selected = _select(x[left], W, b, k, W, b)
-                top_acts[left], top_indices[left] = selected.top_acts, selected.top_indices
-                left = left[~selected.proven]
-        else:
-            left = torch.arange(start, min(start + rows_per_block, len(x)))
-        for rows in left.split(max(1, _MAX_PAIRS // len(W))):
+            found = _search(x[block], W, b, k, W_low, b_low)
+            top_acts[block], top_indices[block] = found.top_acts, found.top_indices
+            left = left[~found.proven]
+        for rows in left.split(max(1, _MAX_PAIRS // len(W))) if len(left) else ():
             top_acts[rows], top_indices[rows] = _exhaustive(x[rows], W, b, k)
     return top_acts, top_indices
 
 
-def _select(x: Tensor, W: Tensor, b: Tensor, k: int, W_low: Tensor, b_low: Tensor) -> _Selected:
-    """Steps 1 to 5 with candidates found in the precision of ``W_low``."""
-    n_tokens, n_features = len(x), len(W)
+def _search(x: Tensor, W: Tensor, b: Tensor, k: int, W_low: Tensor, b_low: Tensor) -> _Selected:
+    """Steps 1 to 5 for a block of tokens, and again for the rows that were not proven: with more candidates, then with
+    those of a float32 product."""
     approx = F.linear(x.to(W_low.dtype), W_low, b_low)
-    flat, floor = _candidates(_bits(approx), k + margin(k))
+    found = _select(x, W, b, k, approx, k + margin(k))
+    for precise in (False, True):
+        left = (~found.proven).nonzero().flatten()
+        if not len(left) or (precise and approx.dtype == torch.float32):
+            break
+        again = F.linear(x[left], W, b) if precise else approx[left]
+        n_wanted = k + margin(k) if precise else min(k + _WIDER * margin(k), len(W))
+        for part, better in zip(found, _select(x[left], W, b, k, again, n_wanted), strict=True):
+            part[left] = better
+    return found
+
+
+def _select(x: Tensor, W: Tensor, b: Tensor, k: int, approx: Tensor, n_wanted: int) -> _Selected:
+    """Steps 2 to 5 with ``n_wanted`` candidates or more, by their ``approx`` [N, F]."""
+    n_tokens, n_features = len(x), len(W)
+    flat, floor = _candidates(_bits(approx), n_wanted)
     starts = np.searchsorted(flat, np.arange(n_tokens + 1) * n_features)
-    crowded = np.diff(starts) > 4 * (k + margin(k))
+    crowded = np.diff(starts) > 4 * n_wanted
     if crowded.any():  # many equal values, or NaN: such rows would make the table below as wide as the dictionary
         flat = flat[~np.repeat(crowded, np.diff(starts))]
         starts = np.searchsorted(flat, np.arange(n_tokens + 1) * n_features)
