@@ -182,9 +182,7 @@ def test_the_threshold_gets_the_straight_through_gradient_of_all_pairs_near_it(c
     acts_weight, step_weight = torch.randn(30, 200), torch.randn(30, 200)
     at = found.active.tokens, found.active.features
     (found.active.acts * acts_weight[at] + found.step * step_weight[at]).sum().backward()
-    expected = jumprelu_reference.threshold_grad(
-        x, W, b, threshold.detach(), acts_weight, step_weight, bandwidth=0.3
-    )
+    expected = jumprelu_reference.threshold_grad(x, W, b, threshold.detach(), acts_weight, step_weight, bandwidth=0.3)
     torch.testing.assert_close(threshold.grad, expected, rtol=1e-4, atol=1e-4)
     assert (found.step == 0).any()
     assert (found.active.acts[found.step == 0] == 0).all()

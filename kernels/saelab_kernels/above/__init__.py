@@ -61,9 +61,7 @@ class _AtPairs(torch.autograd.Function):
     """The pre-activations of given pairs, whose values are known already."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor, values: Tensor, features: Tensor, offsets: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, values: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, features, offsets)
         return values.view_as(values)
 

@@ -62,9 +62,7 @@ def batchtopk_gradient(x: Tensor, layer: Layer, k: int) -> Gradient:
     return Gradient(error.pow(2).mean(), error, active.acts, active.features, sparse)
 
 
-def _factors(
-    pairs: Pairs, acts: Tensor, pre_grad: Tensor, error: Tensor, centred: Tensor, layer: Layer
-) -> SparseGrads:
+def _factors(pairs: Pairs, acts: Tensor, pre_grad: Tensor, error: Tensor, centred: Tensor, layer: Layer) -> SparseGrads:
     scale = 2 / error.numel()  # of the mean; on the pairs' coefficients it costs d / k times less than on the error
     b_enc = feature_sum(pairs, pre_grad)
     return SparseGrads(

@@ -9,8 +9,8 @@
 
 A feature outside the candidates has approx < floor, so it could only belong to the k if its error exceeded
 (k-th exact - floor). Rows where that gap is not above twice the largest error seen among their own candidates are done
-again with more candidates, then with those of a float32 product, and if that is no proof either (many equal values, NaN)
-with every feature. So the result is that of float32 dot products in fixed order, whatever the precision of step 1.
+again with more candidates, then with those of a float32 product, and if that is no proof either (many equal values,
+NaN) with every feature. So the result is that of float32 dot products in fixed order, whatever the precision of step 1.
 
 Floats are compared as integers of the same size (step 2, 3, 5): numpy's integer sort, partition and comparison use the
 CPU's vector instructions. ``_sortable`` maps float bits to integers of the same order and is its own inverse.

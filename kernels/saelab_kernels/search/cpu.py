@@ -19,7 +19,6 @@ from torch import Tensor
 
 from saelab_kernels.search.hashing import PRIORITY_BITS, mixed
 from saelab_kernels.search.types import EXPONENTS_PER_SUM, MANTISSA, N_SUMS, Bins, Firings, Tally, TopState
-from saelab_kernels.workers import spread
 
 #: Pairs of one block: ten arrays of it fit into a core's L2 cache.
 _BLOCK = 1 << 14
@@ -38,15 +37,11 @@ def merge_top_(state: TopState, features: Tensor, positions: Tensor, values: Ten
     order = _sorted_order(*arrays)
     groups = arrays[0][order]
     starts = np.append(np.flatnonzero(_first_of_run(groups)), len(groups))
-    # blocks of whole groups, which share nothing: threads may take one each
     cuts = np.unique(np.searchsorted(starts, np.arange(0, len(groups) + _BLOCK, _BLOCK)))
-
-    def merge(block: tuple[int, int]) -> None:
-        inside = starts[block[0] : block[1] + 1]
+    for first, last in pairwise(np.minimum(cuts, len(starts) - 1).tolist()):  # blocks of whole groups
+        inside = starts[first : last + 1]
         chosen = order[inside[0] : inside[-1]]
         _merge_block(state, groups[inside[:-1]], np.diff(inside), arrays[1][chosen], arrays[2][chosen])
-
-    spread(merge, list(pairwise(np.minimum(cuts, len(starts) - 1).tolist())))
     return state
 
 
