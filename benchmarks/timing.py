@@ -1,4 +1,8 @@
-"""How things are timed: contenders in turn, round after round, so that a busy moment of the machine hits them alike."""
+"""How things are timed: contenders in turn, round after round, so that a busy moment of the machine hits them alike.
+
+A turn is two runs, of which the second counts: in use a run follows one of its own kind, not another contender's that
+has emptied the caches. Each round begins with another contender.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +37,11 @@ def side_by_side(timers: Mapping[str, Timer], *, rounds: int, warmup: int = 2) -
         for run in timers.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(rounds):
-        for name, run in timers.items():
-            seconds[name].append(run())
+    names = list(timers)
+    for index in range(rounds):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            timers[name]()
+            seconds[name].append(timers[name]())
     return {name: summary(values) for name, values in seconds.items()}
 
 

@@ -30,7 +30,7 @@ def test_a_timing_is_the_median_and_the_outer_fifths():
     assert timing.summary([0.002]) == (2.0, 2.0, 2.0)
 
 
-def test_contenders_run_in_turn():
+def test_contenders_run_in_turn_and_warm_up_in_each():
     calls = []
 
     def contender(name: str):
@@ -41,7 +41,7 @@ def test_contenders_run_in_turn():
         return run
 
     timing.side_by_side({name: contender(name) for name in "ab"}, rounds=3, warmup=1)
-    assert "".join(calls) == "abababab"
+    assert "".join(calls) == "ab" + "aabb" + "bbaa" + "aabb"
 
 
 def test_peak_memory_sees_what_a_run_frees_again():

@@ -85,7 +85,7 @@ def test_a_token_finds_the_same_pairs_alone_and_in_any_batch(candidates_in, monk
 
 def test_a_slack_that_proves_too_narrow_is_widened_until_nothing_is_missed(monkeypatch):
     monkeypatch.setattr(cpu.dispatch, "candidate_gemm", lambda: saelab_kernels.Choice("bfloat16", "for the test"))
-    monkeypatch.setattr(cpu, "_sampled_slack", lambda *_: 1e-9)
+    monkeypatch.setattr(cpu, "_sampled_unit", lambda *_: 1e-9)
     x, W, b = layer(64, 48, 1000)
     floor = torch.full((1000,), 0.7)
     assert_is_above(encode_above(x, W, b, floor), every_pre_act(x, W, b), floor)
