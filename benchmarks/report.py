@@ -20,8 +20,8 @@ Written by `python -m benchmarks report` from `results/*.json`; a test compares 
 
 Correct first, timed second: before anything is timed, its result is compared with the operation's reference in float64
 on a sample of tokens and features. What fails gets no time, and interpreted kernels are refused. All contenders of a
-row run in turn, round after round, in one session of one machine, twice each, of which the second run counts; peers in an
-environment of their own time their own step and are asked for one at a time. Rows that we lose stay.
+row run in turn, round after round, in one session of one machine, twice each, of which the second run counts; peers in
+an environment of their own time their own step and are asked for one at a time. Rows that we lose stay.
 
 ```bash
 make bench-peers                      # once: sae-lens, dictionary-learning and sparsify into .venv-peer
