@@ -18,6 +18,7 @@ from benchmarks.peers.client import DEFAULT_PYTHON, Peer, PeerError
 from benchmarks.peers.steps import PEERS
 from benchmarks.problem import planted_problem
 from benchmarks.shapes import SMOKE
+from saelab_kernels import dispatch
 
 ROOT = Path(__file__).parents[2]
 PEER_PYTHON = Path(os.environ.get("SAELAB_PEER_PYTHON") or DEFAULT_PYTHON)
@@ -114,7 +115,8 @@ def test_the_benchmarks_need_nothing_but_torch_triton_and_numpy(tmp_path):
     assert "saelab" in row["not_timed"]
 
 
-def test_steps_in_plain_torch_are_the_dense_one():
+def test_steps_in_plain_torch_are_the_dense_one(monkeypatch):
+    monkeypatch.setattr(dispatch, "bfloat16_units", lambda _: False)  # AuxK in float32, as torch's steps have it
     problem = planted_problem(SMOKE[0], "cpu")
     steps = {"dense": eager.Dense(problem), "sparse": eager.Sparse(problem), "kernels": Kernels(problem)}
     for index in range(3):
