@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saelab_kernels import arguments, compiled, dispatch
+from saelab_kernels.bags import weighted_bags
 from saelab_kernels.decode import reference
 from saelab_kernels.dots.ragged import ragged_dot
 from saelab_kernels.grads import feature_grad
@@ -44,13 +44,13 @@ class _RaggedDecode(torch.autograd.Function):
     def forward(ctx: Any, acts: Tensor, features: Tensor, offsets: Tensor, W_dec: Tensor, path: str) -> Tensor:
         ctx.save_for_backward(acts, features, offsets, W_dec)
         if path == "cpu":
-            return _bags(acts, features, offsets, W_dec)
+            return weighted_bags(features, offsets, acts, W_dec)
         from saelab_kernels.decode import fused
 
         return compiled.or_else(
             "ragged_decode",
             lambda: fused.ragged_decode(offsets, features, acts, W_dec),
-            lambda: _bags(acts, features, offsets, W_dec),
+            lambda: weighted_bags(features, offsets, acts, W_dec),
             strict=dispatch.strict(),
         )
 
@@ -63,15 +63,6 @@ class _RaggedDecode(torch.autograd.Function):
         acts_grad = ragged_dot(grad, W_dec, active) if need_acts else None
         weights_grad = feature_grad(ragged_pairs(active, len(W_dec)), acts, grad) if need_weights else None
         return acts_grad, None, None, weights_grad, None
-
-
-def _bags(acts: Tensor, features: Tensor, offsets: Tensor, W_dec: Tensor) -> Tensor:
-    if not len(acts):  # embedding_bag refuses an empty batch
-        return W_dec.new_zeros(len(offsets) - 1, W_dec.shape[1])
-    indices, bags = features.to(torch.int32), offsets.to(torch.int32)
-    return F.embedding_bag(
-        indices, W_dec.contiguous(), bags, mode="sum", per_sample_weights=acts, include_last_offset=True
-    )
 
 
 def _mean_k(active: Ragged) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab_kernels.bags import weighted_bags
 from saelab_kernels.decode.cpu import sparse_decode
 from saelab_kernels.dots.cpu import ragged_dot, sampled_dot
 
@@ -27,7 +28,9 @@ def decode_loss(
     errors = target.new_empty(len(ends), *target.shape)
     error = b_dec - target
     for group, member in enumerate(members):
-        torch.add(error, _bags(top_acts[member], top_indices[member], _offsets(member), W_dec), out=errors[group])
+        torch.add(
+            error, weighted_bags(top_indices[member], _offsets(member), top_acts[member], W_dec), out=errors[group]
+        )
         error = errors[group]
     loss = errors.pow(2).sum((0, 2))
     for group in reversed(range(len(ends) - 1)):
@@ -41,12 +44,3 @@ def decode_loss(
 def _offsets(member: Tensor) -> Tensor:
     """Where each row's entries begin [N + 1] among those that ``member`` [N, k] chooses."""
     return F.pad(member.sum(1).cumsum(0), (1, 0))
-
-
-def _bags(acts: Tensor, features: Tensor, offsets: Tensor, W_dec: Tensor) -> Tensor:
-    """``sparse_decode`` for rows of different lengths: row n owns entries offsets[n] .. offsets[n + 1] - 1."""
-    if not len(features):  # embedding_bag refuses an empty batch
-        return acts.new_zeros(len(offsets) - 1, W_dec.shape[1])
-    return F.embedding_bag(
-        features, W_dec.contiguous(), offsets, mode="sum", per_sample_weights=acts, include_last_offset=True
-    )

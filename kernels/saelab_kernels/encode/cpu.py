@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelab_kernels import dispatch
+from saelab_kernels import arguments, dispatch
 from saelab_kernels.dots.cpu import ragged_dot, sampled_dot
 from saelab_kernels.encode import reference
 
@@ -59,7 +59,7 @@ def encode_topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
     n_blocks = -(-2 * len(W) * len(x) // _BLOCK_BYTES)
     rows_per_block = max(1, -(-len(x) // max(1, n_blocks)))
     gemm = getattr(torch, dispatch.candidate_gemm().name)
-    searchable = len(W) >= k + margin(k) and _all_finite(W) and _all_finite(b)
+    searchable = len(W) >= k + margin(k) and arguments.all_finite(W) and arguments.all_finite(b)
     W_low, b_low = (W.to(gemm), b.to(gemm)) if searchable else (W, b)
     for start in range(0, len(x), rows_per_block):
         block = slice(start, start + rows_per_block)
@@ -151,11 +151,6 @@ def _exhaustive(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
     pre_acts = sampled_dot(x, W, every) + b
     top_indices = reference.largest(pre_acts, k)
     return pre_acts.gather(1, top_indices), top_indices
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    low, high = torch.aminmax(tensor)  # NaN if any is; ten times faster than isfinite().all()
-    return bool(low.isfinite() & high.isfinite())
 
 
 def _bits(floats: Tensor) -> np.ndarray:

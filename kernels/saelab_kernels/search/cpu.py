@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saelab_kernels.search.hashing import PRIORITY_BITS, mixed
+from saelab_kernels.search.reference import row_keys
 from saelab_kernels.search.types import EXPONENTS_PER_SUM, MANTISSA, N_SUMS, Bins, Firings, Tally, TopState
 
 #: Pairs of one block: ten arrays of it fit into a core's L2 cache.
@@ -108,8 +109,7 @@ def row_peaks(features: Tensor, positions: Tensor, values: Tensor, row_length: i
     if not len(features):
         return Firings(features, positions, values)
     feature, position, value = features.numpy(), positions.numpy(), values.numpy()
-    keys = (feature << 40) + position // row_length
-    sorted_keys, order = torch.sort(torch.from_numpy(keys))  # faster than numpy's
+    sorted_keys, order = torch.sort(row_keys(features, positions, row_length))  # faster than numpy's
     feature, position, value = (array[order.numpy()] for array in (feature, position, value))
     first = _first_of_run(sorted_keys.numpy())
     starts = np.flatnonzero(first)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from saelab_kernels.bags import weighted_bags
 from saelab_kernels.grads.reference import sums
 from saelab_kernels.step import reference
 from saelab_kernels.step.types import AdamSettings, Layer, RowGrads, SparseGrads
@@ -78,8 +78,8 @@ def _gradient_blocks(layer: Layer, sparse: SparseGrads, adam: AdamSettings) -> I
     ends = pairs.starts[edges].tolist()
     for index, (start, stop, low, high) in enumerate(zip(edges[:-1], edges[1:], ends[:-1], ends[1:], strict=True)):
         bags = (pairs.starts[start : stop + 1] - low).to(torch.int32)
-        W_enc = _bags(tokens[low:high], bags, pre[low:high], sparse.centred)
-        W_dec = _bags(tokens[low:high], bags, acts[low:high], sparse.recon_grad)
+        W_enc = weighted_bags(tokens[low:high], bags, pre[low:high], sparse.centred)
+        W_dec = weighted_bags(tokens[low:high], bags, acts[low:high], sparse.recon_grad)
         if extra is not None and len(extra[index].rows):
             W_enc.index_add_(0, extra[index].rows, extra[index].W_enc)
             W_dec.index_add_(0, extra[index].rows, extra[index].W_dec)
@@ -87,13 +87,6 @@ def _gradient_blocks(layer: Layer, sparse: SparseGrads, adam: AdamSettings) -> I
             directions = layer.W_dec[start:stop]
             W_dec.addcmul_(torch.linalg.vecdot(W_dec, directions)[:, None], directions, value=-1)
         yield _Block(slice(start, stop), W_enc, W_dec)
-
-
-def _bags(tokens: Tensor, bags: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
-    """For each bag of ``tokens`` the sum of ``values`` times the tokens' ``vectors``."""
-    if not len(tokens):  # embedding_bag refuses an empty batch
-        return vectors.new_zeros(len(bags) - 1, vectors.shape[1])
-    return F.embedding_bag(tokens, vectors, bags, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
 def _extra_by_block(extra: RowGrads | None, rows: int, n_features: int) -> list[RowGrads] | None:
