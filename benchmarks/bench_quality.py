@@ -74,7 +74,7 @@ def _stored(shape: Shape, n_steps: int, workspace: Path) -> tuple[Tensor, Tensor
         return None
     from saelab.activations.loader import Batches
     from saelab.activations.store import ActivationStore
-    from saelab.train.loop import Normaliser
+    from saelab.train.normaliser import Normaliser
 
     store = ActivationStore.open(workspace)
     (hook_name, *_) = store.hook_names

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from saelab.models.load import Model, load_model
     from saelab.sae.base import SAE
     from saelab.sae.io import load_sae, save_sae
-    from saelab.train.loop import TrainConfig, train_sae
+    from saelab.train.config import TrainConfig
+    from saelab.train.loop import train_sae
 
 _HOME = {
     "load_model": "saelab.models.load",
@@ -32,7 +33,7 @@ _HOME = {
     "ActivationStore": "saelab.activations.store",
     "CacheConfig": "saelab.activations.capture",
     "capture": "saelab.activations.capture",
-    "TrainConfig": "saelab.train.loop",
+    "TrainConfig": "saelab.train.config",
     "train_sae": "saelab.train.loop",
     "evaluate": "saelab.evals.reconstruction",
     "FeatureIndex": "saelab.features.index",

@@ -13,7 +13,7 @@ from saelab.cli.console import AsJson, Device, emit, human_seconds, say
 
 if TYPE_CHECKING:
     from saelab.activations.capture import CacheConfig
-    from saelab.train.loop import TrainConfig
+    from saelab.train.config import TrainConfig
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ def cache_settings() -> CacheConfig:
 def train_settings() -> TrainConfig:
     """Six passes over 420,000 tokens; the learning rate is the best of those tried (docs/measurements.md)."""
     from saelab.sae.topk import TopKConfig
-    from saelab.train.loop import TrainConfig
+    from saelab.train.config import TrainConfig
     from saelab.train.optim import OptimConfig
 
     return TrainConfig(sae=TopKConfig(d_sae=4608, k=32), tokens=2_457_600, optim=OptimConfig(lr=3e-3, decay_share=0.3))
@@ -142,7 +142,7 @@ def _train(activations: Path, out: Path, device: str | None) -> None:
     from saelab import rundir
     from saelab.activations.store import ActivationStore
     from saelab.cli import train
-    from saelab.train.loop import TrainConfig
+    from saelab.train.config import TrainConfig
 
     if (out / "DONE").exists():
         return

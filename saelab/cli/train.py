@@ -24,7 +24,7 @@ from saelab.errors import ConfigError
 
 if TYPE_CHECKING:
     from saelab.activations.store import ActivationStore
-    from saelab.train.loop import TrainConfig
+    from saelab.train.config import TrainConfig
 
 
 def train(
@@ -65,7 +65,7 @@ def train(
     from saelab import config as configs
     from saelab import rundir
     from saelab.activations.store import ActivationStore
-    from saelab.train.loop import TrainConfig
+    from saelab.train.config import TrainConfig
 
     flags: dict[str, Any] = {
         "sae__arch": arch,
@@ -121,7 +121,7 @@ def train(
 def with_defaults(mapping: dict[str, Any], store: ActivationStore | None, expansion: float | None) -> TrainConfig:
     """The settings, with an architecture and a width where none was given: topk, eight times the width of the input."""
     from saelab import config as configs
-    from saelab.train.loop import TrainConfig
+    from saelab.train.config import TrainConfig
 
     sae = mapping.setdefault("sae", {})
     if not isinstance(sae, dict):

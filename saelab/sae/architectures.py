@@ -5,31 +5,35 @@ from __future__ import annotations
 import torch
 
 from saelab.errors import ConfigError
-from saelab.sae.base import SAE
+from saelab.sae.base import SAE, SAEConfig
 from saelab.sae.batchtopk import BatchTopK, BatchTopKConfig
 from saelab.sae.jumprelu import JumpReLU, JumpReLUConfig
 from saelab.sae.relu import ReLU, ReLUConfig
 from saelab.sae.topk import TopK, TopKConfig
 
-AnyConfig = ReLUConfig | TopKConfig | BatchTopKConfig | JumpReLUConfig
+#: What can be trained, told apart by ``arch``.
+TrainableConfig = ReLUConfig | TopKConfig | BatchTopKConfig
+
+#: All there is; an architecture only for inference comes from a file.
+AnyConfig = TrainableConfig | JumpReLUConfig
+
+SAE_OF: dict[type, type[SAE]] = {
+    ReLUConfig: ReLU,
+    TopKConfig: TopK,
+    BatchTopKConfig: BatchTopK,
+    JumpReLUConfig: JumpReLU,
+}
+
+CONFIG_OF: dict[str, type] = {config.arch: config for config in SAE_OF}  # type: ignore[attr-defined]
 
 
-def new_sae(cfg: AnyConfig, *, d_in: int, generator: torch.Generator | None = None) -> SAE:
+def new_sae(cfg: SAEConfig, *, d_in: int, generator: torch.Generator | None = None) -> SAE:
     """A fresh SAE of the architecture that ``cfg`` describes; the same seed in ``generator`` gives the same weights.
 
     Raises:
-        ConfigError: ``d_in`` is below 1.
+        ConfigError: ``cfg`` is the config of no architecture, or ``d_in`` is below 1.
     """
-    match cfg:
-        case ReLUConfig():
-            return ReLU(cfg, d_in, generator=generator)
-        case TopKConfig():
-            return TopK(cfg, d_in, generator=generator)
-        case BatchTopKConfig():
-            return BatchTopK(cfg, d_in, generator=generator)
-        case JumpReLUConfig():
-            return JumpReLU(cfg, d_in, generator=generator)
-    raise ConfigError(
-        f"{type(cfg).__name__} is the config of no architecture; "
-        "use ReLUConfig, TopKConfig, BatchTopKConfig or JumpReLUConfig"
-    )
+    if type(cfg) not in SAE_OF:
+        known = ", ".join(sorted(config.__name__ for config in SAE_OF))
+        raise ConfigError(f"{type(cfg).__name__} is the config of no architecture; use one of {known}")
+    return SAE_OF[type(cfg)](cfg, d_in, generator=generator)

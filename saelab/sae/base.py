@@ -114,6 +114,19 @@ class SAE(nn.Module):
         return self.encoder.shape[0]
 
     @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[-1]
+
+    @property
+    def n_slots(self) -> int | None:
+        """Activations of a token in training batches [batch, slots, d_in]; None where these are [batch, d_in]."""
+        return None
+
+    def read_slots(self, acts: Float[Tensor, "batch *slots d_in"]) -> Float[Tensor, "batch ..."]:
+        """What ``encode`` takes of a training batch: all of it, unless the batch also holds a target."""
+        return acts
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.W_dec.dtype
 
@@ -162,9 +175,16 @@ class SAE(nn.Module):
         return SparseCodes(rows, features, feature_acts[rows, features])
 
     def training_loss(
-        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+        self,
+        acts: Float[Tensor, "batch *slots d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        progress: float = 1.0,
     ) -> SAELoss:
         """Losses of a batch, with ``dead`` the features to revive. Inputs come normalised: mean |acts|^2 = d_in.
+
+        ``progress`` is the share of the training that is done, between 0 and 1: what is warmed up or annealed is a
+        function of it, so that there is no state to save. At 1 everything has its final value.
 
         Raises:
             ConfigError: the architecture is for inference only.
@@ -174,7 +194,11 @@ class SAE(nn.Module):
         )
 
     def training_gradient(
-        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+        self,
+        acts: Float[Tensor, "batch *slots d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        progress: float = 1.0,
     ) -> TrainingGradient | None:
         """The losses of ``training_loss`` with their gradient, computed without autograd and without [d_sae, d_in]
         tensors. None for an architecture whose gradient is dense, so that there is nothing to gain."""
@@ -209,12 +233,13 @@ class SAE(nn.Module):
             self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
     @torch.no_grad()
-    def fold_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+    def fold_(self, mean: Float[Tensor, "*slots d_in"], scale: float | Float[Tensor, " slots"]) -> None:
         """Make an SAE trained on ``scale * (acts - mean)`` work on ``acts``; its feature_acts are divided by ``scale``.
 
         Raises:
             ConfigError: ``scale`` is not a positive number.
         """
+        assert isinstance(scale, float)  # an architecture with slots folds each by itself
         if not 0 < scale < float("inf"):
             raise ConfigError(f"the scale to fold must be a positive number, got {scale}; was it estimated on zeros?")
         # through float64, so that each weight is rounded once

@@ -58,7 +58,11 @@ class BatchTopK(SAE):
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
 
     def training_loss(
-        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+        self,
+        acts: Float[Tensor, "batch d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        progress: float = 1.0,
     ) -> SAELoss:
         """Squared error divided by d_in, plus the auxiliary loss for ``dead`` features; updates the threshold."""
         acts = self._checked(acts)
@@ -81,7 +85,11 @@ class BatchTopK(SAE):
         )
 
     def training_gradient(
-        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+        self,
+        acts: Float[Tensor, "batch d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        progress: float = 1.0,
     ) -> TrainingGradient:
         """``training_loss`` and its gradient; updates the threshold as well."""
         acts = self._checked(acts)
@@ -90,7 +98,7 @@ class BatchTopK(SAE):
         return with_auxk(self, gradient, dead, aux_coefficient=self.cfg.aux_coefficient, k_aux=self.cfg.k_aux)
 
     @torch.no_grad()
-    def fold_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+    def fold_(self, mean: Float[Tensor, "*slots d_in"], scale: float | Float[Tensor, " slots"]) -> None:
         """As every SAE; the threshold is in units of the activations."""
         super().fold_(mean, scale)
         self.threshold.div_(scale)

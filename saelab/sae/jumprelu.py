@@ -36,7 +36,7 @@ class JumpReLU(SAE):
         self.threshold = nn.Parameter(torch.zeros(cfg.d_sae))
 
     @torch.no_grad()
-    def fold_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+    def fold_(self, mean: Float[Tensor, "*slots d_in"], scale: float | Float[Tensor, " slots"]) -> None:
         """As every SAE; thresholds are in units of the activations."""
         super().fold_(mean, scale)
         self.threshold.copy_(self.threshold.double() / scale)

@@ -41,7 +41,11 @@ class ReLU(SAE):
         self.b_dec.requires_grad_(cfg.b_dec == "learned")
 
     def training_loss(
-        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+        self,
+        acts: Float[Tensor, "batch d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        progress: float = 1.0,
     ) -> SAELoss:
         """Squared error plus ``l1_coefficient`` times the L1 norm, both divided by d_in; ``dead`` is not used."""
         feature_acts = self.encode(acts)
@@ -70,7 +74,7 @@ class ReLU(SAE):
             super().project_decoder_grad_()
 
     @torch.no_grad()
-    def fold_(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+    def fold_(self, mean: Float[Tensor, "*slots d_in"], scale: float | Float[Tensor, " slots"]) -> None:
         """As every SAE; free decoder norms move into the encoder, so that rows of W_dec have norm 1 in the result.
 
         Raises:

@@ -71,7 +71,11 @@ class TopK(SAE):
         return SparseCodes(rows[active], features[active], values[active])
 
     def training_loss(
-        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+        self,
+        acts: Float[Tensor, "batch d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        progress: float = 1.0,
     ) -> SAELoss:
         """Squared error divided by d_in, plus the auxiliary loss for the features of ``dead``."""
         recon, top_acts, top_indices = self._autoencode(self._checked(acts))
@@ -93,7 +97,11 @@ class TopK(SAE):
         )
 
     def training_gradient(
-        self, acts: Float[Tensor, "batch d_in"], *, dead: Bool[Tensor, " d_sae"] | None = None
+        self,
+        acts: Float[Tensor, "batch d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        progress: float = 1.0,
     ) -> TrainingGradient:
         """``training_loss`` and its gradient."""
         acts = self._checked(acts)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import saelab.train.loop as loop
+import saelab.train.trainer as trainer
 from saelab import config as configs
 from saelab.activations.loader import ActivationStats
 from saelab.rundir import StageWriter, read_metrics
@@ -17,7 +17,8 @@ from saelab.sae.base import SAE, Metadata
 from saelab.sae.batchtopk import BatchTopKConfig
 from saelab.sae.relu import ReLUConfig
 from saelab.sae.topk import TopKConfig
-from saelab.train.loop import TrainConfig, train_sae
+from saelab.train.config import TrainConfig
+from saelab.train.loop import train_sae
 from saelab.train.optim import OptimConfig
 from saelab_kernels.revive import packed
 
@@ -105,7 +106,7 @@ def test_two_runs_of_200_steps_give_the_same_bits(sae, tmp_path, monkeypatch):
 def test_it_is_taken_where_gradients_are_sparse(sae, path, fused, tmp_path, monkeypatch):
     monkeypatch.setenv("SAELAB_KERNELS", path)
     steps = []
-    original = loop.fused_step_
-    monkeypatch.setattr(loop, "fused_step_", lambda *args, **kwargs: steps.append(1) or original(*args, **kwargs))
+    original = trainer.fused_step_
+    monkeypatch.setattr(trainer, "fused_step_", lambda *args, **kwargs: steps.append(1) or original(*args, **kwargs))
     trained(tmp_path / "run", sae, steps=3)
     assert len(steps) == (3 if fused else 0)

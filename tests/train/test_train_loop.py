@@ -23,8 +23,10 @@ from saelab.sae.batchtopk import BatchTopKConfig
 from saelab.sae.io import load_sae
 from saelab.sae.relu import ReLUConfig
 from saelab.sae.topk import TopKConfig
+from saelab.train.config import TrainConfig
 from saelab.train.dead import DeadFeatures
-from saelab.train.loop import Normaliser, TrainConfig, train_sae
+from saelab.train.loop import train_sae
+from saelab.train.normaliser import Normaliser
 from saelab.train.optim import OptimConfig
 
 D_IN, N_TRUE, ACTIVE = 16, 24, 2
