@@ -1,0 +1,1 @@
+"""Preference and policy losses: tensors in, tensors out; no model, tokenizer, device or config."""
