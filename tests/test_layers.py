@@ -9,11 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CELLAR = {"config", "rundir", "errors", "atomic", "assets", "interrupts", "metrics", "stats", "checkpoint", "schedules"}
+CELLAR |= {"dist"}
 KERNELS = {"saelab_kernels"}
 SAE, MODELS = KERNELS | CELLAR, KERNELS | CELLAR
 ACTIVATIONS = CELLAR | {"models"}
 TRAIN = CELLAR | KERNELS | {"sae", "models", "activations"}
 INTERP = TRAIN
+ALIGN = CELLAR | KERNELS | {"models", "activations"}  # makes models and knows no SAE
 EVALS = TRAIN | {"train", "interp"}
 FEATURES = EVALS | {"evals"}
 
@@ -26,10 +28,11 @@ FLOORS = {
     "activations": ACTIVATIONS,
     "train": TRAIN,
     "interp": INTERP,
+    "align": ALIGN,
     "evals": EVALS,
     "features": FEATURES,
-    "cli": FEATURES | {"features"},
-    "__init__": FEATURES | {"features"},
+    "cli": FEATURES | {"features", "align"},
+    "__init__": FEATURES | {"features", "align"},
     "__main__": {"cli"},
 }
 THIRD_PARTY_OF_KERNELS = {"torch", "triton", "numpy"}

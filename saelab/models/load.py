@@ -46,7 +46,7 @@ def load_model(
     """
     name = os.fspath(name_or_path)
     device = checked_device(device)
-    source = str(demo_model_dir(progress=progress)) if name in DEMO_NAMES else _located(name)
+    source = located(name, progress=progress)
     with quiet_loading(), _explained(name, source):
         from transformer_lens.model_bridge import TransformerBridge
         from transformers import AutoConfig
@@ -101,14 +101,16 @@ def check_fidelity(model: Model, text: str = _SENTENCE, *, tolerance: float = 0.
     return difference
 
 
-def _located(name: str) -> str:
-    """A directory as an absolute path, or ``name`` itself for the hub.
+def located(name: str, *, progress: Callable[[str], None] | None = None) -> str:
+    """The directory of a model as an absolute path, that of the demo model included, or ``name`` itself for the hub.
 
     Raises:
         ConfigError: an empty name.
         AssetError: a path that is not there.
         ArtifactError: a directory without a model.
     """
+    if name in DEMO_NAMES:
+        return str(demo_model_dir(progress=progress))
     if not name:
         raise ConfigError(f"the model's name is empty; give {DEMO_NAMES[0]!r}, a directory or a hub name")
     path = Path(name).expanduser()

@@ -34,7 +34,8 @@ def kto_loss(
 ) -> PreferenceLoss:
     """w_D (1 - sigma(beta (ratio - z))) for the good, w_U (1 - sigma(beta (z - ratio))) for the bad.
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8. ``ratios`` are log pi - log ref of each completion. The rewards of examples of the other kind are NaN.
+    Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8. ``ratios`` are log pi - log ref of each completion, z is
+    ``baseline``. The rewards of examples of the other kind are NaN.
     """
     value = (beta * torch.where(desirable, ratios - baseline, baseline - ratios)).sigmoid()
     weight = torch.where(desirable, desirable_weight, undesirable_weight)

@@ -1,0 +1,84 @@
+"""How probable a model finds an answer: one number for each token of the completion, the prompt left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.align.encoding import Batch
+from saelab.errors import ConfigError
+from saelab_kernels import token_logps
+
+
+@dataclass(frozen=True)
+class CompletionLogps:
+    """Log-probabilities in nats, float32; column t is that of the token at place t + 1, given all before it."""
+
+    logps: Float[Tensor, "batch seq"]
+    """0 where ``mask`` is False."""
+    mask: Bool[Tensor, "batch seq"]
+    """True where the predicted token belongs to the completion, EOS included."""
+
+    def sum(self) -> Float[Tensor, " batch"]:
+        """log p(completion | prompt)."""
+        return self.logps.sum(1)
+
+    def mean(self) -> Float[Tensor, " batch"]:
+        """The same a token."""
+        return self.logps.sum(1) / self.mask.sum(1)
+
+
+def completion_logps(model: Any, batch: Batch, *, temperature: float = 1.0) -> CompletionLogps:
+    """Log-probabilities of the completions of ``batch`` under a Hugging Face causal language model, with gradients.
+
+    With a ``temperature``, those of the distribution that sampling at this temperature draws from.
+
+    Raises:
+        ConfigError: the model's head does more than multiply by a matrix.
+    """
+    hidden = hidden_states(model, batch)[:, :-1]
+    mask = batch.completion_mask[:, 1:]
+    flat = token_logps(hidden[mask] / temperature, unembedding(model), batch.ids[:, 1:][mask])
+    logps = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+    return CompletionLogps(logps, mask)
+
+
+def hidden_states(model: Any, batch: Batch) -> Float[Tensor, "batch seq d_model"]:
+    """What the head reads, at each token."""
+    body = causal_lm(model).base_model
+    # positions given, because models that learn them would count a mask's gaps
+    positions = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
+    output = body(
+        input_ids=batch.ids, attention_mask=batch.attention_mask.long(), position_ids=positions, use_cache=False
+    )
+    return output.last_hidden_state
+
+
+def unembedding(model: Any) -> Float[Tensor, "d_vocab d_model"]:
+    """The matrix that turns hidden states into logits.
+
+    Raises:
+        ConfigError: the head has a bias, or the logits are scaled or capped afterwards.
+    """
+    lm = causal_lm(model)
+    head = lm.get_output_embeddings()
+    extras = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if _set(lm.config, name)]
+    if getattr(head, "bias", None) is not None:
+        extras.append("a bias of the head")
+    if extras:
+        raise ConfigError(f"{type(lm).__name__} changes its logits by {' and '.join(extras)}; use another architecture")
+    return head.weight
+
+
+def causal_lm(model: Any) -> Any:
+    """The Hugging Face model itself, from under a PEFT adapter where there is one (its layers stay in place)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _set(config: Any, name: str) -> bool:
+    value = getattr(config, name, None)
+    return value is not None and value != 1.0
