@@ -161,7 +161,7 @@ def with_adapter(model: nn.Module, settings: LoraSettings) -> Any:
         task_type="CAUSAL_LM",
     )
     with _quiet_peft():
-        adapted = peft.get_peft_model(model, chosen)  # type: ignore[arg-type]
+        adapted = peft.get_peft_model(model, chosen)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
