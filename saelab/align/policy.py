@@ -32,6 +32,8 @@ class LoraSettings:
     """Names of the matrices that get one."""
     layers: tuple[int, ...] | None = None
     """Layers that get one. Off: all."""
+    seed: int = 0
+    """Seed of A, which starts random."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -160,7 +162,8 @@ def with_adapter(model: nn.Module, settings: LoraSettings) -> Any:
         layers_to_transform=None if settings.layers is None else list(settings.layers),
         task_type="CAUSAL_LM",
     )
-    with _quiet_peft():
+    with _quiet_peft(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
         adapted = peft.get_peft_model(model, chosen)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

@@ -206,12 +206,13 @@ def discovered_loss(pairs: PairLogps, *, beta: float, temperature: float = 0.05)
     return _with_rewards((1 - mixed) * softplus(-h) + mixed * (-h).exp(), pairs, beta)
 
 
-def nll_loss(pairs: PairLogps, *, beta: float) -> PreferenceLoss:
+def nll_loss(pairs: PairLogps, *, beta: float, mean_length: float | None = None) -> PreferenceLoss:
     """Negative log-likelihood of the chosen a token; its mean over the batch weighs all tokens alike.
 
-    A term for mixes: added to DPO it keeps the chosen from losing probability. ``beta`` only scales the logged rewards.
+    A term for mixes: added to DPO it keeps the chosen from losing probability. ``mean_length`` is that of the chosen
+    answers of the whole batch, where ``pairs`` are a part of it. ``beta`` only scales the logged rewards.
     """
-    return _with_rewards(-pairs.chosen / pairs.n_chosen.to(pairs.chosen.dtype).mean(), pairs, beta)
+    return _with_rewards(-pairs.chosen / (mean_length or _mean_length(pairs.n_chosen)), pairs, beta)
 
 
 def length_desensitised(
@@ -224,6 +225,10 @@ def length_desensitised(
     """
     beyond = torch.arange(logps.shape[1], device=logps.device) >= n_public[:, None]
     return (logps * torch.where(beyond, alpha, 1.0)).sum(1)
+
+
+def _mean_length(n_tokens: Int[Tensor, " batch"]) -> float:
+    return float(n_tokens.double().mean())
 
 
 def _margin(pairs: PairLogps, beta: float) -> Float[Tensor, " batch"]:

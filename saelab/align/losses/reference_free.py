@@ -37,13 +37,15 @@ def cpo_loss(
     *,
     beta: float,
     alpha: float = 1.0,
+    mean_length: float | None = None,
 ) -> PreferenceLoss:
     """-log sigma(beta (logp_w - logp_l)) + alpha NLL(chosen) (Xu et al. 2024, arXiv 2401.08417, eq. 5).
 
     The log-probabilities are sums, the NLL is a token's; its mean over the batch weighs all tokens alike.
+    ``mean_length`` is that of the chosen answers of the whole batch, where these are a part of it.
     """
     chosen, rejected = beta * chosen_logps, beta * rejected_logps
-    nll = -chosen_logps / n_chosen.to(chosen_logps.dtype).mean()
+    nll = -chosen_logps / (mean_length or float(n_chosen.double().mean()))
     return PreferenceLoss(softplus(rejected - chosen) + alpha * nll, chosen.detach(), rejected.detach())
 
 

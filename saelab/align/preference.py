@@ -1,0 +1,279 @@
+"""Preference optimisation: DPO, its relatives and their weighted mixes, and KTO on unpaired answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.align.encoding import Batch, Encoded, EncodedPair, collate
+from saelab.align.logprob import CompletionLogps, completion_logps
+from saelab.align.losses import pairwise, reference_free
+from saelab.align.losses.pairwise import PairLogps, PreferenceLoss
+from saelab.align.policy import Policy
+from saelab.align.session import Means, Order, Progress, Session, StepSettings
+from saelab.errors import ConfigError
+from saelab.rundir import StageWriter
+from saelab.stats import Interval, bootstrap
+
+_log = logging.getLogger(__name__)
+
+LossName = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "cdpo",
+    "robust",
+    "hinge",
+    "ipo",
+    "ipo_sum",
+    "exo",
+    "nca",
+    "bco",
+    "apo_zero",
+    "apo_down",
+    "sppo",
+    "dpop",
+    "aot",
+    "aot_unpaired",
+    "discopop",
+    "nll",
+    "simpo",
+    "cpo",
+]
+DivergenceName = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
+
+#: After so many steps with most of the chosen answers less probable than before, a warning is due.
+_DISPLACED_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Which loss, or which weighted mix of losses."""
+
+    terms: dict[str, float] = field(default_factory=lambda: {"sigmoid": 1.0})
+    """Losses by name, with their weights: {sigmoid = 1.0, nll = 0.1} is DPO that keeps the chosen answers probable."""
+    beta: float = 0.1
+    """Strength of the pull to the reference; of simpo and cpo, the scale of the rewards."""
+    label_smoothing: float = 0.1
+    """Probability that a label is wrong (cdpo, robust), or the smoothing of exo."""
+    divergence: DivergenceName = "reverse_kl"
+    """The divergence from the reference (sigmoid)."""
+    gamma: float = 0.5
+    """Margin that the chosen shall win by (simpo)."""
+    alpha: float = 1.0
+    """Weight of the likelihood of the chosen (cpo)."""
+    penalty: float = 5.0
+    """Weight of a fall of the chosen below the reference (dpop)."""
+
+    def __post_init__(self) -> None:
+        known = LossName.__args__  # type: ignore[attr-defined]
+        unknown = [name for name in self.terms if name not in known]
+        if unknown or not self.terms:
+            wrong = f"{unknown[0]!r} is no loss" if unknown else "loss.terms is empty"
+            raise ConfigError(f"{wrong}; choose of {', '.join(known)}")
+        if not self.beta > 0:
+            raise ConfigError(f"loss.beta must be above 0, got {self.beta}; 0.1 is usual")
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(name not in ("simpo", "cpo", "nll") for name in self.terms)
+
+
+def preference_loss(pairs: PairLogps, settings: LossSettings, *, mean_length: float | None = None) -> PreferenceLoss:
+    """The weighted sum of the losses that ``settings`` name; the rewards are those of the first.
+
+    ``mean_length`` is that of the chosen answers of the whole batch in tokens, where ``pairs`` are a part of it.
+    """
+    parts = [_term(name, pairs, settings, mean_length) for name in settings.terms]
+    total = sum(weight * part.loss for weight, part in zip(settings.terms.values(), parts, strict=True))
+    assert isinstance(total, Tensor)
+    return parts[0]._replace(loss=total)
+
+
+def _term(name: str, pairs: PairLogps, settings: LossSettings, mean_length: float | None) -> PreferenceLoss:
+    beta = settings.beta
+    match name:
+        case "sigmoid":
+            return pairwise.sigmoid_loss(pairs, beta=beta, divergence=getattr(pairwise, settings.divergence))
+        case "cdpo":
+            return pairwise.conservative_loss(pairs, beta=beta, label_smoothing=settings.label_smoothing)
+        case "robust":
+            return pairwise.robust_loss(pairs, beta=beta, label_smoothing=settings.label_smoothing)
+        case "exo":
+            return pairwise.exo_loss(pairs, beta=beta, label_smoothing=settings.label_smoothing)
+        case "dpop":
+            return pairwise.dpop_loss(pairs, beta=beta, penalty=settings.penalty)
+        case "simpo":
+            lengths = (pairs.n_chosen, pairs.n_rejected)
+            return reference_free.simpo_loss(pairs.chosen, pairs.rejected, *lengths, beta=beta, gamma=settings.gamma)
+        case "cpo":
+            return reference_free.cpo_loss(
+                pairs.chosen, pairs.rejected, pairs.n_chosen, beta=beta, alpha=settings.alpha, mean_length=mean_length
+            )
+        case "nll":
+            return pairwise.nll_loss(pairs, beta=beta, mean_length=mean_length)
+        case _:
+            return _PLAIN[name](pairs, beta=beta)
+
+
+_PLAIN = {
+    "sigmoid_norm": pairwise.normalised_sigmoid_loss,
+    "hinge": pairwise.hinge_loss,
+    "ipo": pairwise.ipo_loss,
+    "ipo_sum": pairwise.ipo_sum_loss,
+    "nca": pairwise.nca_loss,
+    "bco": pairwise.bco_loss,
+    "apo_zero": pairwise.apo_zero_loss,
+    "apo_down": pairwise.apo_down_loss,
+    "sppo": pairwise.sppo_loss,
+    "aot": pairwise.aot_loss,
+    "aot_unpaired": pairwise.aot_unpaired_loss,
+    "discopop": pairwise.discovered_loss,
+}
+
+
+class ReferenceLogps(NamedTuple):
+    """What the reference gives to both answers of every record, in nats."""
+
+    chosen: Float[Tensor, " records"]
+    rejected: Float[Tensor, " records"]
+
+
+class HeldOut(NamedTuple):
+    """How the trained policy orders pairs it never saw."""
+
+    accuracy: Interval
+    """Share of pairs whose chosen answer gained more log-probability than the rejected one."""
+    margin: Interval
+    """Mean of beta times the difference of the two gains."""
+    chosen_shift: Interval
+    """Mean change of the chosen answers' log-probability in nats; far below 0, the training took it from them too."""
+    n_pairs: int
+
+
+def train_preference(
+    policy: Policy,
+    pairs: Sequence[EncodedPair],
+    run: StageWriter,
+    *,
+    loss: LossSettings,
+    training: StepSettings,
+    progress: Progress | None = None,
+) -> None:
+    """Train ``policy`` on ``pairs`` and save it in ``run``; continues from the latest checkpoint.
+
+    The log-probabilities of the reference are computed once, before the first step.
+
+    Raises:
+        TrainingError: the loss stopped being a finite number.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
+    """
+    if training.micro_batch not in (None, training.batch_size) and {"aot", "aot_unpaired"} & set(loss.terms):
+        raise ConfigError("aot compares all pairs of a batch, which parts of it cannot; leave training.micro_batch out")
+    reference = reference_logps(policy, pairs, batch_size=training.micro_batch or training.batch_size)
+    session = Session(run, training, policy.trainable(), progress=progress)
+    order = Order(len(pairs), batch_size=training.batch_size, micro_batch=training.micro_batch, seed=training.seed)
+    displaced = 0
+    for step in session.steps():
+        means = Means()
+        mean_length = _mean_chosen_length(pairs, order.batch(step))
+        for part in order.parts(step):
+            logps = pair_logps(policy.model, [pairs[i] for i in part], reference, torch.from_numpy(part), policy)
+            result = preference_loss(logps, loss, mean_length=mean_length)
+            means.add(**_metrics(logps, result))
+            session.backward(result.loss.sum() / training.batch_size)
+        session.update()
+        metrics = means.means()
+        session.log(**metrics)
+        displaced = displaced + 1 if metrics["logps__chosen_fallen"] > 0.5 else 0
+        if displaced == _DISPLACED_STEPS:
+            _log.warning(
+                "for %d steps most chosen answers have been less probable than under the reference (mean change %.1f "
+                "nats): the probability goes elsewhere; add nll to loss.terms, or use dpop",
+                displaced,
+                metrics["logps__chosen_shift"],
+            )
+    policy.save(run.path)
+
+
+def reference_logps(policy: Policy, pairs: Sequence[EncodedPair], *, batch_size: int) -> ReferenceLogps:
+    """The log-probabilities of all answers under the reference."""
+    chosen, rejected = [], []
+    with policy.reference() as reference:
+        for start in range(0, len(pairs), batch_size):
+            both = _both_logps(reference, pairs[start : start + batch_size], policy).sum().cpu()
+            first, second = both.chunk(2)
+            chosen.append(first)
+            rejected.append(second)
+    return ReferenceLogps(torch.cat(chosen), torch.cat(rejected))
+
+
+def pair_logps(
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    reference: ReferenceLogps,
+    records: Int[Tensor, " batch"],
+    policy: Policy,
+) -> PairLogps:
+    """The log-probabilities of some pairs under ``model``, with gradients, beside those of the reference.
+
+    Chosen and rejected go through the model in one batch, so that both see the same numerics.
+    """
+    logps = _both_logps(model, pairs, policy)
+    sums, lengths = logps.sum(), logps.mask.sum(1)
+    ref = [column[records].to(sums.device) for column in reference]
+    return PairLogps(*sums.chunk(2), *ref, *lengths.chunk(2))
+
+
+def evaluate_preference(policy: Policy, pairs: Sequence[EncodedPair], *, beta: float, batch_size: int = 8) -> HeldOut:
+    """Held-out accuracy, margin and shift with bootstrap intervals over pairs."""
+    reference = reference_logps(policy, pairs, batch_size=batch_size)
+    gains = []
+    with torch.no_grad():
+        for start in range(0, len(pairs), batch_size):
+            records = torch.arange(start, min(start + batch_size, len(pairs)))
+            logps = pair_logps(policy.model, [pairs[i] for i in records], reference, records, policy)
+            gains.append(torch.stack([logps.chosen_ratio, logps.rejected_ratio], 1).cpu())
+    chosen, rejected = torch.cat(gains).double().T
+
+    def interval(values: Float[Tensor, " pairs"]) -> Interval:
+        columns = torch.stack([values.double(), torch.ones(len(values), dtype=torch.float64)], 1)
+        return bootstrap(lambda sums: sums[:, 0] / sums[:, 1], columns.numpy())
+
+    return HeldOut(
+        interval((chosen > rejected).double()), interval(beta * (chosen - rejected)), interval(chosen), len(pairs)
+    )
+
+
+def _both_logps(model: Any, pairs: Sequence[EncodedPair], policy: Policy) -> CompletionLogps:
+    batch = _collated([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], policy)
+    return completion_logps(model, batch)
+
+
+def _collated(sequences: Sequence[Encoded], policy: Policy) -> Batch:
+    return collate(sequences, pad_id=policy.codec.pad_id).to(policy.device)
+
+
+def _metrics(pairs: PairLogps, result: PreferenceLoss) -> dict[str, Float[Tensor, " batch"]]:
+    """Under TRL's names; the two that show displacement are ours."""
+    margins = result.chosen_rewards - result.rejected_rewards
+    return {
+        "loss": result.loss,
+        "rewards__chosen": result.chosen_rewards,
+        "rewards__rejected": result.rejected_rewards,
+        "rewards__margins": margins,
+        "rewards__accuracies": (margins > 0).float(),
+        "logps__chosen": pairs.chosen,
+        "logps__rejected": pairs.rejected,
+        "logps__chosen_shift": pairs.chosen_ratio,
+        "logps__chosen_fallen": (pairs.chosen_ratio < 0).float(),
+    }
+
+
+def _mean_chosen_length(pairs: Sequence[EncodedPair], records: Any) -> float:
+    return sum(len(pairs[i].chosen.completion_ids) for i in records) / len(records)
