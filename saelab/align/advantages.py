@@ -62,7 +62,7 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16), not yet whitened.
 
     A_t = delta_t + gamma lam A_(t+1) with delta_t = r_t + gamma V_(t+1) - V_t; behind the last token the value is 0.
-    Rewards and values outside ``mask`` count as 0, so the length of the padding changes nothing.
+    Outside ``mask`` everything is 0, so the length of the padding changes nothing.
     """
     rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
     advantage, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
@@ -72,7 +72,7 @@ def gae(
         advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
         reversed_advantages.append(advantage)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+    advantages = torch.stack(reversed_advantages[::-1], dim=1).where(mask, 0.0)
     return Advantages(advantages, advantages + values)
 
 

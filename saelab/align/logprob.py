@@ -40,9 +40,19 @@ def completion_logps(model: Any, batch: Batch, *, temperature: float = 1.0) -> C
     Raises:
         ConfigError: the model's head does more than multiply by a matrix.
     """
-    hidden = hidden_states(model, batch)[:, :-1]
+    return logps_of_hidden(hidden_states(model, batch), unembedding(model), batch, temperature=temperature)
+
+
+def logps_of_hidden(
+    hidden: Float[Tensor, "batch seq d_model"],
+    W_U: Float[Tensor, "d_vocab d_model"],
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+) -> CompletionLogps:
+    """The same from what the head reads, for callers that read it too."""
     mask = batch.completion_mask[:, 1:]
-    flat = token_logps(hidden[mask] / temperature, unembedding(model), batch.ids[:, 1:][mask])
+    flat = token_logps(hidden[:, :-1][mask] / temperature, W_U, batch.ids[:, 1:][mask])
     logps = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
     return CompletionLogps(logps, mask)
 
