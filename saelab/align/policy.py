@@ -117,14 +117,14 @@ def load_policy(config: PolicyConfig, *, device: str | None = None, trainable: b
     Raises:
         AssetError, ArtifactError, ConfigError: as ``load_model``; or a target that the model does not have.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = checked_device(device)
-    adapter = Path(config.model) if (Path(config.model) / "adapter_config.json").exists() else None
+    codec = load_codec(config)
+    adapter = _adapter_in(config.model)
     base = located(_base_of(adapter) if adapter else config.model)
     with quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=_weights_dtype(config))
-        tokenizer = AutoTokenizer.from_pretrained(adapter or base)
         if adapter:
             model = _merged(model, adapter)
     model.config.use_cache = False
@@ -133,8 +133,23 @@ def load_policy(config: PolicyConfig, *, device: str | None = None, trainable: b
         model = with_adapter(model, config.lora)
     elif not trainable:
         model.requires_grad_(False)
-    context = min(config.context, getattr(model.config, "max_position_embeddings", config.context))
-    return Policy(model, Codec(tokenizer, context=context, chat=config.chat), name=config.model)
+    return Policy(model, codec, name=config.model)
+
+
+def load_codec(config: PolicyConfig) -> Codec:
+    """The tokenizer of ``config``'s model, with which data can be checked before the model itself is loaded.
+
+    Raises:
+        AssetError, ArtifactError, ConfigError: as ``load_policy``.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    adapter = _adapter_in(config.model)
+    base = located(_base_of(adapter) if adapter else config.model)
+    with quiet_loading():
+        longest = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", config.context)
+        tokenizer = AutoTokenizer.from_pretrained(adapter or base)
+    return Codec(tokenizer, context=min(config.context, longest), chat=config.chat)
 
 
 def with_adapter(model: nn.Module, settings: LoraSettings) -> Any:
@@ -169,6 +184,10 @@ def with_adapter(model: nn.Module, settings: LoraSettings) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _adapter_in(model: str) -> Path | None:
+    return Path(model) if (Path(model) / "adapter_config.json").exists() else None
 
 
 def _merged(model: Any, adapter: Path) -> Any:

@@ -1,0 +1,97 @@
+"""What each kind of alignment is told: the settings of a run, as they stand in its run.json and in a TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from saelab.align.data import DataConfig
+from saelab.align.groups import GroupSettings
+from saelab.align.policy import PolicyConfig
+from saelab.align.ppo import PPOSettings
+from saelab.align.preference import LossSettings
+from saelab.align.rollouts import RolloutSettings
+from saelab.align.session import StepSettings
+from saelab.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRecipe:
+    """Imitate demonstrations."""
+
+    data: DataConfig
+    """Records with prompt and completion, or with messages."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The model to train."""
+    training: StepSettings = field(default_factory=StepSettings)
+    """Steps and optimiser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRecipe:
+    """Learn to score answers from preferences."""
+
+    data: DataConfig
+    """Records with prompt, chosen and rejected."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The model whose body becomes the reward model's."""
+    training: StepSettings = field(default_factory=StepSettings)
+    """Steps and optimiser."""
+    centring: float = 0.01
+    """Weight of the term that keeps rewards near 0."""
+
+    def __post_init__(self) -> None:
+        if self.centring < 0:
+            raise ConfigError(f"centring must not be negative, got {self.centring}; 0.01 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRecipe:
+    """Optimise preferences directly."""
+
+    data: DataConfig
+    """Records with prompt, chosen and rejected."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The model to train."""
+    loss: LossSettings = field(default_factory=LossSettings)
+    """Which loss, or which mix."""
+    training: StepSettings = field(default_factory=StepSettings)
+    """Steps and optimiser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORecipe:
+    """Optimise a reward by PPO."""
+
+    data: DataConfig
+    """Records with a prompt."""
+    reward: str
+    """Directory of a reward model, or "rule:" and the name of a rule such as warmth."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The model to train."""
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    """KL penalty, advantages and clipping."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """How answers are sampled."""
+    training: StepSettings = field(default_factory=StepSettings)
+    """Steps and optimiser; a step is a batch of answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecipe:
+    """Optimise a reward with a group's own mean as baseline: RLOO, GRPO, Dr. GRPO."""
+
+    data: DataConfig
+    """Records with a prompt."""
+    reward: str
+    """Directory of a reward model, or "rule:" and the name of a rule such as warmth."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The model to train."""
+    group: GroupSettings = field(default_factory=GroupSettings)
+    """Group size, baseline and KL penalty."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """How answers are sampled."""
+    training: StepSettings = field(default_factory=StepSettings)
+    """Steps and optimiser; batch_size counts prompts."""
+
+
+Recipe = SFTRecipe | RewardRecipe | PreferenceRecipe | PPORecipe | GroupRecipe

@@ -1,0 +1,216 @@
+"""A whole alignment run: data, model, training, held-out measure, publication."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from saelab import atomic
+from saelab import config as configs
+from saelab.align.data import Split, load_demonstrations, load_pairs, load_questions
+from saelab.align.encoding import Codec, collate
+from saelab.align.groups import train_groups
+from saelab.align.logprob import completion_logps
+from saelab.align.policy import Policy, PolicyConfig, load_codec, load_policy
+from saelab.align.ppo import train_ppo
+from saelab.align.preference import evaluate_preference, train_preference
+from saelab.align.recipes import GroupRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
+from saelab.align.reward import RewardModel, evaluate_reward, load_reward_model, train_reward
+from saelab.align.rollouts import RolloutSettings, Score, sample
+from saelab.align.rules import rule_score
+from saelab.align.session import Progress
+from saelab.align.sft import evaluate_sft, train_sft
+from saelab.errors import ConfigError
+from saelab.rundir import StageWriter
+from saelab.stats import Interval, bootstrap
+
+Say = Callable[[str], None]
+
+#: The name of a recipe in model.json and on the command line.
+METHODS: dict[str, type] = {
+    "sft": SFTRecipe,
+    "reward": RewardRecipe,
+    "dpo": PreferenceRecipe,
+    "ppo": PPORecipe,
+    "rloo": GroupRecipe,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run measured on held-out records before and after training: intervals, and counts beside them."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+def align(
+    recipe: Recipe, run: StageWriter, *, device: str | None = None, say: Say = print, progress: Progress | None = None
+) -> Outcome:
+    """Carry out ``recipe`` in the stage directory of ``run``, from its latest checkpoint where there is one.
+
+    All data is read and checked before a model is loaded.
+
+    Raises:
+        TextError, ConfigError: the data cannot be used.
+        TrainingError: a loss stopped being a finite number.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
+    """
+    codec, work = load_codec(recipe.policy), _Work(run, device, say, progress)
+    match recipe:
+        case SFTRecipe():
+            outcome = _sft(recipe, codec, work)
+        case RewardRecipe():
+            outcome = _reward(recipe, codec, work)
+        case PreferenceRecipe():
+            outcome = _preference(recipe, codec, work)
+        case PPORecipe() | GroupRecipe():
+            outcome = _policy_optimisation(recipe, codec, work)
+    _publish(recipe, run, outcome)
+    return outcome
+
+
+def method_of(recipe: Recipe) -> str:
+    return next(name for name, kind in METHODS.items() if isinstance(recipe, kind))
+
+
+def recipe_of(config: dict[str, Any]) -> Recipe:
+    """The recipe that a run.json holds."""
+    rest = dict(config)
+    return configs.from_mapping(METHODS[rest.pop("method")], rest)
+
+
+class _Work(NamedTuple):
+    """Where a run writes, computes and reports."""
+
+    run: StageWriter
+    device: str | None
+    say: Say
+    progress: Progress | None
+
+
+def _sft(recipe: SFTRecipe, codec: Codec, work: _Work) -> Outcome:
+    split = load_demonstrations(recipe.data, codec)
+    _announce(split, work.say)
+    policy = load_policy(recipe.policy, device=work.device)
+    before = _measured_once(work.run, lambda: evaluate_sft(policy, split.held_out)._asdict())
+    train_sft(policy, split.train, work.run, training=recipe.training, progress=work.progress)
+    return Outcome(before, _plain(evaluate_sft(policy, split.held_out)._asdict()))
+
+
+def _reward(recipe: RewardRecipe, codec: Codec, work: _Work) -> Outcome:
+    split = load_pairs(recipe.data, codec)
+    _announce(split, work.say)
+    model = RewardModel.fresh(load_policy(recipe.policy, device=work.device), seed=recipe.training.seed)
+    before = _measured_once(work.run, lambda: evaluate_reward(model, split.held_out)._asdict())
+    training, centring = recipe.training, recipe.centring
+    train_reward(model, split.train, work.run, training=training, centring=centring, progress=work.progress)
+    return Outcome(before, _plain(evaluate_reward(model, split.held_out)._asdict()))
+
+
+def _preference(recipe: PreferenceRecipe, codec: Codec, work: _Work) -> Outcome:
+    split = load_pairs(recipe.data, codec)
+    _announce(split, work.say)
+    policy = load_policy(recipe.policy, device=work.device)
+    loss, training = recipe.loss, recipe.training
+    train_preference(policy, split.train, work.run, loss=loss, training=training, progress=work.progress)
+    # before training all log-ratios are 0 and no pair is ordered, so there is nothing to measure
+    return Outcome({}, _plain(evaluate_preference(policy, split.held_out, beta=loss.beta)._asdict()))
+
+
+def _policy_optimisation(recipe: PPORecipe | GroupRecipe, codec: Codec, work: _Work) -> Outcome:
+    rollout, training = recipe.rollout, recipe.training
+    split = load_questions(recipe.data, codec, n_new_tokens=rollout.max_new_tokens)
+    _announce(split, work.say)
+    policy = load_policy(recipe.policy, device=work.device)
+    score = score_of(recipe.reward, policy)
+
+    def measured() -> dict[str, Any]:
+        return _answers_measured(policy, split.held_out, score, rollout)
+
+    before = _measured_once(work.run, measured)
+    train: Any = train_ppo if isinstance(recipe, PPORecipe) else train_groups
+    method: Any = {"ppo": recipe.ppo} if isinstance(recipe, PPORecipe) else {"group": recipe.group}
+    train(policy, split.train, score, work.run, **method, rollout=rollout, training=training, progress=work.progress)
+    return Outcome(before, _plain(measured()))
+
+
+def score_of(reward: str, policy: Policy) -> Score:
+    """A reward model's score, or a rule's.
+
+    Raises:
+        ConfigError: no such rule; ArtifactError: no reward model there.
+    """
+    if reward.startswith("rule:"):
+        return rule_score(reward.removeprefix("rule:"), policy.codec)
+    context = policy.codec.context
+    settings = PolicyConfig(model=reward, dtype="float32", context=context, chat=policy.codec.chat)
+    model = load_reward_model(Path(reward), settings, device=str(policy.device))
+    if model.policy.codec.tokenizer.get_vocab() != policy.codec.tokenizer.get_vocab():
+        raise ConfigError(
+            f"the reward model in {reward} has another tokenizer than the policy; train it on the same base"
+        )
+    return model.scores
+
+
+def _answers_measured(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], score: Score, rollout: RolloutSettings, *, batch_size: int = 16
+) -> dict[str, Any]:
+    """Mean score and KL of one answer to each held-out prompt, with bootstrap intervals over prompts."""
+    scores, kls = [], []
+    for start in range(0, len(prompts), batch_size):
+        answers = sample(policy, prompts[start : start + batch_size], rollout, seed=start)
+        batch = collate(answers, pad_id=policy.codec.pad_id).to(policy.device)
+        with torch.no_grad():
+            logps = completion_logps(policy.model, batch, temperature=rollout.temperature).sum()
+            with policy.reference() as reference:
+                ref = completion_logps(reference, batch, temperature=rollout.temperature).sum()
+        scores.append(score(answers).double().cpu())
+        kls.append((logps - ref).double().cpu())
+    return {"score": _mean(torch.cat(scores)), "kl": _mean(torch.cat(kls)), "n_prompts": len(prompts)}
+
+
+def _mean(values: torch.Tensor) -> Interval:
+    columns = torch.stack([values, torch.ones_like(values)], 1).numpy()
+    return bootstrap(lambda sums: sums[:, 0] / sums[:, 1], columns)
+
+
+def _announce(split: Split[Any], say: Say) -> None:
+    say(f"training on {split.lengths}; {len(split.held_out)} records held out")
+    if split.faults:
+        shown = "; ".join(map(str, split.faults[:3])) + ("; ..." if split.faults[3:] else "")
+        say(f"left out {len(split.faults)} records that cannot be used: {shown}")
+
+
+def _measured_once(run: StageWriter, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The measure before training, kept on the disk: a resumed run, whose weights have moved, reads it there."""
+    path = run.path / "before.json"
+    if not path.exists():
+        atomic.write_json(path, _plain(measure()))
+    return json.loads(path.read_text("utf-8"))
+
+
+def _plain(measures: dict[str, Any]) -> dict[str, Any]:
+    return {name: value._asdict() if isinstance(value, Interval) else value for name, value in measures.items()}
+
+
+def _publish(recipe: Recipe, run: StageWriter, outcome: Outcome) -> None:
+    """model.json: what the weights are and what they measured; then DONE."""
+    weights = sorted(run.path.glob("*.safetensors"))
+    digest = hashlib.sha256("".join(f"{f.name} {atomic.sha256(f)}\n" for f in weights).encode()).hexdigest()
+    content = {
+        "method": method_of(recipe),
+        "base": recipe.policy.model,
+        "kind": "adapter" if recipe.policy.lora is not None else "full",
+        "weights_sha256": digest,
+        "before": outcome.before,
+        "after": outcome.after,
+    }
+    atomic.write_json(run.path / "model.json", content)
+    run.finish()

@@ -1,0 +1,28 @@
+"""saelab align: the table of its verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from saelab.cli.align import cai, dpo, overopt, ppo, resume, reward, rloo, sft
+
+app = typer.Typer(
+    help="Train a model on demonstrations, preferences and rewards: SFT, DPO and its relatives, PPO, RLOO, GRPO, CAI.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+VERBS: dict[str, Callable[..., None]] = {
+    "sft": sft.sft,
+    "reward": reward.reward,
+    "dpo": dpo.dpo,
+    "ppo": ppo.ppo,
+    "rloo": rloo.rloo,
+    "cai": cai.cai,
+    "review": cai.review,
+    "overopt": overopt.overopt,
+    "resume": resume.resume,
+}
+for _name, _function in VERBS.items():
+    app.command(_name)(_function)
