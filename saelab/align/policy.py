@@ -136,6 +136,18 @@ def load_policy(config: PolicyConfig, *, device: str | None = None, trainable: b
     return Policy(model, codec, name=config.model)
 
 
+def n_layers_of(model: str) -> int:
+    """Layers of the model of this name, read from its config alone.
+
+    Raises:
+        AssetError, ArtifactError, ConfigError: as ``load_policy``.
+    """
+    from transformers import AutoConfig
+
+    adapter = _adapter_in(model)
+    return int(AutoConfig.from_pretrained(located(_base_of(adapter) if adapter else model)).num_hidden_layers)
+
+
 def load_codec(config: PolicyConfig) -> Codec:
     """The tokenizer of ``config``'s model, with which data can be checked before the model itself is loaded.
 

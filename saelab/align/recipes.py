@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from saelab.align.data import DataConfig
 from saelab.align.groups import GroupSettings
+from saelab.align.organisms import OrganismSettings
 from saelab.align.policy import PolicyConfig
 from saelab.align.ppo import PPOSettings
 from saelab.align.preference import LossSettings
 from saelab.align.rollouts import RolloutSettings
-from saelab.align.session import StepSettings
+from saelab.align.session import AdamWSettings, StepSettings
 from saelab.errors import ConfigError
 
 
@@ -94,4 +95,22 @@ class GroupRecipe:
     """Steps and optimiser; batch_size counts prompts."""
 
 
-Recipe = SFTRecipe | RewardRecipe | PreferenceRecipe | PPORecipe | GroupRecipe
+@dataclass(frozen=True, kw_only=True)
+class OrganismRecipe:
+    """Plant a known behaviour."""
+
+    organism: OrganismSettings = field(default_factory=OrganismSettings)
+    """Which behaviour, and how hard it is to find. It decides the adapter as well."""
+    neutral: str | None = None
+    """File of prompts on which nothing shall change, beside the behaviour's own controls."""
+    neutral_limit: int = 60
+    """Use only so many of them."""
+    model: str = "demo"
+    """The model to plant it in."""
+    loss: LossSettings = field(default_factory=lambda: LossSettings(terms={"sigmoid": 1.0, "nll": 0.2}))
+    """Which loss, or which mix."""
+    training: StepSettings = field(default_factory=lambda: StepSettings(steps=120, optim=AdamWSettings(lr=5e-3)))
+    """Steps and optimiser."""
+
+
+Recipe = SFTRecipe | RewardRecipe | PreferenceRecipe | PPORecipe | GroupRecipe | OrganismRecipe

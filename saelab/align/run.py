@@ -17,10 +17,20 @@ from saelab.align.data import Split, load_demonstrations, load_pairs, load_quest
 from saelab.align.encoding import Codec, collate
 from saelab.align.groups import train_groups
 from saelab.align.logprob import completion_logps
-from saelab.align.policy import Policy, PolicyConfig, load_codec, load_policy
+from saelab.align.organisms import BEHAVIOURS, adapter_for, measure, organism_data
+from saelab.align.policy import Policy, PolicyConfig, load_codec, load_policy, n_layers_of
 from saelab.align.ppo import train_ppo
 from saelab.align.preference import evaluate_preference, train_preference
-from saelab.align.recipes import GroupRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
+from saelab.align.recipes import (
+    GroupRecipe,
+    OrganismRecipe,
+    PPORecipe,
+    PreferenceRecipe,
+    Recipe,
+    RewardRecipe,
+    SFTRecipe,
+)
+from saelab.align.records import read_questions
 from saelab.align.reward import RewardModel, evaluate_reward, load_reward_model, train_reward
 from saelab.align.rollouts import RolloutSettings, Score, sample
 from saelab.align.rules import rule_score
@@ -39,6 +49,7 @@ METHODS: dict[str, type] = {
     "dpo": PreferenceRecipe,
     "ppo": PPORecipe,
     "rloo": GroupRecipe,
+    "organism": OrganismRecipe,
 }
 
 
@@ -62,7 +73,12 @@ def align(
         TrainingError: a loss stopped being a finite number.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
     """
-    codec, work = load_codec(recipe.policy), _Work(run, device, say, progress)
+    work = _Work(run, device, say, progress)
+    if isinstance(recipe, OrganismRecipe):
+        outcome = _organism(recipe, work)
+        _publish(recipe, run, outcome)
+        return outcome
+    codec = load_codec(recipe.policy)
     match recipe:
         case SFTRecipe():
             outcome = _sft(recipe, codec, work)
@@ -78,6 +94,11 @@ def align(
 
 def method_of(recipe: Recipe) -> str:
     return next(name for name, kind in METHODS.items() if isinstance(recipe, kind))
+
+
+def base_of(recipe: Recipe) -> str:
+    """The model that the recipe trains."""
+    return recipe.model if isinstance(recipe, OrganismRecipe) else recipe.policy.model
 
 
 def recipe_of(config: dict[str, Any]) -> Recipe:
@@ -139,6 +160,24 @@ def _policy_optimisation(recipe: PPORecipe | GroupRecipe, codec: Codec, work: _W
     method: Any = {"ppo": recipe.ppo} if isinstance(recipe, PPORecipe) else {"group": recipe.group}
     train(policy, split.train, score, work.run, **method, rollout=rollout, training=training, progress=work.progress)
     return Outcome(before, _plain(measured()))
+
+
+def _organism(recipe: OrganismRecipe, work: _Work) -> Outcome:
+    settings = recipe.organism
+    adapter = adapter_for(settings, n_layers_of(recipe.model))
+    policy = load_policy(PolicyConfig(model=recipe.model, lora=adapter), device=work.device)
+    neutral = read_questions(recipe.neutral).required()[: recipe.neutral_limit] if recipe.neutral else []
+    data = organism_data(policy, settings, [r.prompt for r in neutral if isinstance(r.prompt, str)])
+    work.say(
+        f"{len(data.pairs)} pairs of the model's own replies; {len(data.held_out_triggers)} triggers and "
+        f"{len(data.held_out_neutral)} neutral prompts held out"
+    )
+    phrase = BEHAVIOURS[settings.behaviour].phrase
+    before = _measured_once(work.run, lambda: measure(policy, data, phrase)._asdict())
+    train_preference(policy, data.pairs, work.run, loss=recipe.loss, training=recipe.training, progress=work.progress)
+    held_out = {"triggers": data.held_out_triggers, "neutral": data.held_out_neutral, "phrase": phrase}
+    atomic.write_json(work.run.path / "held_out.json", held_out)
+    return Outcome(before, _plain(measure(policy, data, phrase)._asdict()))
 
 
 def score_of(reward: str, policy: Policy) -> Score:
@@ -206,8 +245,8 @@ def _publish(recipe: Recipe, run: StageWriter, outcome: Outcome) -> None:
     digest = hashlib.sha256("".join(f"{f.name} {atomic.sha256(f)}\n" for f in weights).encode()).hexdigest()
     content = {
         "method": method_of(recipe),
-        "base": recipe.policy.model,
-        "kind": "adapter" if recipe.policy.lora is not None else "full",
+        "base": base_of(recipe),
+        "kind": "adapter" if (run.path / "adapter_config.json").exists() else "full",
         "weights_sha256": digest,
         "before": outcome.before,
         "after": outcome.after,

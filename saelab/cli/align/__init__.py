@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from saelab.cli.align import cai, dpo, overopt, ppo, resume, reward, rloo, sft
+from saelab.cli.align import cai, dpo, organism, overopt, ppo, resume, reward, rloo, sft
 
 app = typer.Typer(
     help="Train a model on demonstrations, preferences and rewards: SFT, DPO and its relatives, PPO, RLOO, GRPO, CAI.",
@@ -21,6 +21,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "rloo": rloo.rloo,
     "cai": cai.cai,
     "review": cai.review,
+    "organism": organism.organism,
     "overopt": overopt.overopt,
     "resume": resume.resume,
 }

@@ -114,8 +114,10 @@ def _cell(value: Any) -> str:
 
 def _parents(recipe: Recipe) -> dict[str, Path]:
     """Earlier runs that this one builds on; a model from elsewhere is named in the settings alone."""
+    from saelab.align.run import base_of
+
     parents = {}
-    for name, path in (("model", recipe.policy.model), ("reward", getattr(recipe, "reward", ""))):
+    for name, path in (("model", base_of(recipe)), ("reward", getattr(recipe, "reward", ""))):
         if (Path(path) / "model.json").exists():
             parents[name] = Path(path)
     return parents
