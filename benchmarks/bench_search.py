@@ -28,8 +28,8 @@ KINDS = ("relu", "jumprelu", "topk")
 _N_SEGMENTS = 20
 #: The others run on every fourth segment: enough to know their rate, and a fourth of the time.
 _EVERY = 4
-#: A pass prepares its weights once for a chunk, so ours takes eight of the chunks that suit a product alone.
-_OUR_CHUNKS = 8
+#: A pass prepares its weights once for a chunk, so ours takes four of the chunks that suit a product alone.
+_OUR_CHUNKS = 4
 #: Tokens of the checks, and features at which the top activations are compared with float64.
 _N_CHECKED, _N_FEATURES_CHECKED = 12_000, 64
 _LARGEST_ERROR = {"cpu": 1e-5, "cuda": 1e-2}  # of bfloat16 weights on a GPU
