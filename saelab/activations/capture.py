@@ -3,91 +3,51 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from saelab import atomic, rundir
+from saelab.activations.claims import Claims
 from saelab.activations.ledger import Ledger
-from saelab.activations.packing import PackedRow, pack
+from saelab.activations.pairing import LIKE, check_same_vocabulary, check_settings_of_pair
+from saelab.activations.quantise import LARGEST, quantised
+from saelab.activations.rows import Rows, RowSource, StoreRows, TextRows
+from saelab.activations.settings import CacheConfig
 from saelab.activations.store import (
     DTYPES,
     SCHEMA,
     STAGE,
     ActivationStore,
-    DocumentRecord,
     FileEntry,
     Manifest,
     ModelEntry,
+    PairEntry,
     ShardEntry,
     map_shard,
     shard_name,
 )
-from saelab.activations.text import Document, TextConfig, is_held_out, open_text
 from saelab.config import to_mapping
 from saelab.errors import ArtifactError, ConfigError, TextError
 from saelab.models.load import Model, load_model
 
+__all__ = ["CacheConfig", "capture", "read_activations"]
+
 _log = logging.getLogger(__name__)
 
-#: Called after each forward pass with the tokens done so far and the tokens asked for.
+#: Called after each forward pass with the tokens done so far, by whomever, and the tokens asked for.
 Progress = Callable[[int, int], None]
 
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """What to capture."""
-
-    model: str = "demo"
-    """"demo", a local directory, or a model of the Hugging Face hub."""
-    hook_names: tuple[str, ...] = ("blocks.10.hook_resid_post",)
-    """Where in the model; the forward pass ends at the last one."""
-    text: TextConfig = field(default_factory=TextConfig)
-    """Of what text."""
-    tokens: int = 1_000_000
-    """At most this many tokens, each row's BOS counted."""
-    context: int = 128
-    """Tokens in a row."""
-    held_out: float = 0.05
-    """Share of the documents, chosen by a hash of their text, that training never sees and evaluation alone sees."""
-    rows_per_shard: int = 256
-    """Rows in one file; an interrupted capture repeats at most one file."""
-    batch_rows: int = 16
-    """Rows in one forward pass."""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """How activations are stored."""
-
-    def __post_init__(self) -> None:
-        if not self.hook_names or len(set(self.hook_names)) != len(self.hook_names):
-            raise ConfigError(f"hook_names must name at least one hook, each once, got {list(self.hook_names)}")
-        if self.context < 2:
-            raise ConfigError(f"context must be at least 2 (BOS and a token), got {self.context}; 128 is usual")
-        if self.tokens < self.context:
-            raise ConfigError(f"tokens must be at least one row (context={self.context}), got {self.tokens}; raise it")
-        if not 0 <= self.held_out < 1:
-            raise ConfigError(f"held_out must be at least 0 and below 1, got {self.held_out}; 0.05 is usual")
-        for name in ("rows_per_shard", "batch_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}; leave it out for the default")
-
-
-class Rows(NamedTuple):
-    """Several packed rows as arrays."""
-
-    tokens: Int32[np.ndarray, "rows seq"]
-    doc: Int32[np.ndarray, "rows seq"]
-    held_out: Bool[np.ndarray, " rows"]
+_POLL_S = 0.05  # how often to look whether the last shards, which others have claimed, are done
 
 
 def capture(
@@ -95,68 +55,77 @@ def capture(
     out: Path,
     *,
     model: Model | None = None,
+    like: ActivationStore | None = None,
     resume: bool = False,
+    join: bool = False,
+    founded: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> ActivationStore:
     """Write the activations that ``config`` asks for to the stage directory ``out``, and open them.
 
-    With ``resume`` an interrupted capture in ``out`` continues, a finished one is opened, an empty ``out`` is started.
-    The bytes of manifest, shards and documents.jsonl do not depend on whether, when and how often it was interrupted.
+    With ``like`` the model reads the rows of that store instead of text. With ``resume`` an interrupted capture in
+    ``out`` continues, a finished one is opened, an empty ``out`` is started. With ``join`` this process helps those
+    that are capturing into ``out``, or goes on alone if there are none left; ``founded`` is called as soon as others
+    may join. The bytes of manifest, shards and documents.jsonl do not depend on whether, when and how often it was
+    interrupted, nor on how many processes took part and which of them were killed.
 
     Raises:
-        ConfigError: an unknown hook, a context longer than the model's.
+        ConfigError: an unknown hook, a context longer than the model's, settings that contradict ``like``.
         TextError: no text, or less than one row.
-        ArtifactError: ``out`` is taken, was started with other settings, model or text, or the disk is full.
+        ArtifactError: ``out`` is taken, was started with other settings, model or text, or is being written by a
+            process that was not asked to share it; ``like`` is of another tokenizer; the disk is full.
     """
-    if not resume:
+    begun = (out / "run.json").exists()
+    if join and not begun:
+        raise ArtifactError(f"there is no capture in {out} to join; start one with: saelab cache --out {out}")
+    if not (resume or join):
         rundir.refuse_taken(out)
-    elif (out / "run.json").exists():
+    elif begun:
         _check_settings(out, config)
         if (out / "DONE").exists():
             return ActivationStore.open(out)
-    model = model or load_model(config.model)
-    hook_names = _hooks_of(model, config)
-    read: list[DocumentRecord] = []
-    shards = _shards_of(_noted(open_text(config.text), read, config.held_out), model, config)
-    first = next(shards, None)
-    if first is None:
-        raise TextError(_nothing_to_read(config, any_text=any(record.sha256 != _EMPTY_SHA256 for record in read)))
+        if LIKE in rundir.parents(out):
+            like = ActivationStore.open(rundir.parent(out, LIKE))
+    claims = Claims(out)
+    try:
+        alone = claims.found()
+        if join:
+            claims.check_shareable()
+        if not alone:
+            if not join:
+                raise claims.refusal()
+            claims.share()
+        model = model or load_model(config.model)
+        hook_names = _hooks_of(model, config)
+        if like is not None:
+            check_settings_of_pair(config, like)
+            check_same_vocabulary(model, like)
+            if model.bos_id != like.manifest.bos_id:
+                _log.warning(
+                    "rows begin with token %d, as in %s, not with the model's own BOS", like.manifest.bos_id, like.path
+                )
+        source: RowSource = TextRows(config, model) if like is None else StoreRows(like)
+        shards = source.shards()
+        first = next(shards, None)
+        if first is None:
+            raise TextError(_nothing_to_read(config, source))
 
-    if resume and (out / "run.json").exists():
-        stage = rundir.StageWriter.resume(out, stage=STAGE)
-    else:
-        stage = rundir.StageWriter.create(out, stage=STAGE, config=to_mapping(config))
-    ledger = Ledger(out, model.weights_sha256)
-    stage.rewind_metrics(len(ledger.shards) - 1)
-    tally = _Tally()
-    for number, rows in enumerate(itertools.chain([first], shards)):
-        if number < len(ledger.shards):
-            _check_same_rows(out / shard_name(number), rows)
+        ledger = Ledger(out, model.weights_sha256)
+        if alone:
+            stage = _founded(out, config, ledger, like)
+            claims.share()
+            if founded:
+                founded()
         else:
-            began = time.monotonic()
-            report = _shifted(progress, tally.n_tokens, config.tokens)
-            shard = _write_shard(out / shard_name(number), rows, model, hook_names, config, report)
-            speed = round(rows.tokens.size / (time.monotonic() - began), 1)
-            stage.log({"step": number, "tokens": tally.n_tokens + rows.tokens.size, "tokens_per_second": speed})
-            ledger.add(shard)
-        tally.add(rows)
-    if tally.n_shards < len(ledger.shards):
-        raise ArtifactError(_OTHER_TEXT.format(out / shard_name(tally.n_shards)))
-    _finish(stage, config, model, hook_names, ledger, tally, read)
+            stage = rundir.StageWriter(out, STAGE)
+        crew = _Crew(config, stage, model, hook_names, ledger, claims, progress)
+        crew.capture(first, shards)
+        with claims.ledger():
+            if not (out / "DONE").exists():
+                _finish(crew, source, like)
+    finally:
+        claims.close()
     return ActivationStore.open(out)
-
-
-def rows_of(documents: Iterator[Document], model: Model, config: CacheConfig) -> Iterator[PackedRow]:
-    """The rows that ``config`` makes of ``documents`` with the model's tokenizer."""
-    return pack(
-        documents,
-        model.encode,
-        context=config.context,
-        bos_id=model.bos_id,
-        held_out=config.held_out,
-        max_tokens=config.tokens,
-        max_tokens_per_document=config.text.max_tokens_per_document,
-    )
 
 
 def read_activations(
@@ -196,51 +165,103 @@ def _check_finite(acts: Float[Tensor, "rows seq d_in"], hook_name: str) -> None:
         )
 
 
-# --- text to shards
-
-_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
-_OTHER_TEXT = "the text no longer gives the tokens that {} holds, it has changed; start anew with another --out"
+# --- sharing the work
 
 
-def _noted(documents: Iterator[Document], read: list[DocumentRecord], held_out: float) -> Iterator[Document]:
-    """The documents as they are; what is known of each is added to ``read``."""
-    for document in documents:
-        digest = hashlib.sha256(document.text.encode()).hexdigest()
-        read.append(DocumentRecord(len(read), document.title, is_held_out(document.text, held_out), digest))
-        yield document
+class _Crew:
+    """One process's part in a capture: it makes every shard that is neither done nor claimed when it comes to it."""
 
+    def __init__(
+        self,
+        config: CacheConfig,
+        stage: rundir.StageWriter,
+        model: Model,
+        hook_names: tuple[str, ...],
+        ledger: Ledger,
+        claims: Claims,
+        progress: Progress | None,
+    ) -> None:
+        self.config = config
+        self.stage = stage
+        self.model = model
+        self.hook_names = hook_names
+        self.ledger = ledger
+        self.tally = _Tally()
+        self._claims = claims
+        self._progress = progress
 
-def _shards_of(documents: Iterator[Document], model: Model, config: CacheConfig) -> Iterator[Rows]:
-    rows = rows_of(documents, model, config)
-    while chunk := list(itertools.islice(rows, config.rows_per_shard)):
-        yield stacked(chunk)
+    def capture(self, first: Rows, rest: Iterator[Rows]) -> None:
+        """Return when every shard is done. Each process reads all rows, so that it knows that the others' are right.
 
+        Raises:
+            ArtifactError: the text has changed since the capture began, or is another one where another process reads.
+        """
+        waiting: dict[int, Rows] = {}  # at most one for each process that is at work
+        rows: Rows | None = first
+        while rows is not None:
+            waiting[self.tally.n_shards] = rows
+            self.tally.add(rows)
+            self._settle(waiting)
+            rows = next(rest, None)
+        if max(self.ledger.shards, default=0) >= self.tally.n_shards:
+            raise ArtifactError(_OTHER_TEXT.format(self.stage.path / shard_name(self.tally.n_shards)))
+        while waiting:
+            if not self._settle(waiting):
+                time.sleep(_POLL_S)
 
-def stacked(rows: Sequence[PackedRow]) -> Rows:
-    """Rows as arrays."""
-    tokens, doc = (np.stack([row[part] for row in rows]) for part in (0, 1))
-    return Rows(tokens, doc, np.array([row.held_out for row in rows]))
+    def _settle(self, waiting: dict[int, Rows]) -> bool:
+        """Capture those that no one has claimed, and forget those that are done; whether there was any."""
+        n_before = len(waiting)
+        for number, rows in list(waiting.items()):
+            self.ledger.refresh()
+            if number not in self.ledger.shards:
+                with self._claims.shard(number) as mine:
+                    if not mine:
+                        continue
+                    self.ledger.refresh()  # it may have been done before it was claimed
+                    if number not in self.ledger.shards:
+                        self._make(number, rows)
+                        del waiting[number]
+                        continue
+            _check_same_rows(self.stage.path / shard_name(number), rows)
+            del waiting[number]
+        return len(waiting) < n_before
 
+    def _make(self, number: int, rows: Rows) -> None:
+        began = time.monotonic()
+        shard = self._write_shard(self.stage.path / shard_name(number), rows)
+        speed = round(rows.tokens.size / (time.monotonic() - began), 1)
+        n_tokens = number * self.config.rows_per_shard * self.config.context + rows.tokens.size
+        with self._claims.ledger():
+            self.stage.log({"step": number, "tokens": n_tokens, "tokens_per_second": speed})
+            self.ledger.add(number, shard)
 
-def _nothing_to_read(config: CacheConfig, *, any_text: bool) -> str:
-    if not any_text:
-        return f"the text {config.text.source!r} is empty; give a file or data set with text in it"
-    return (
-        f"the text {config.text.source!r} has fewer tokens than one row of context={config.context}; "
-        "give more text or lower context"
-    )
+    def _write_shard(self, file: Path, rows: Rows) -> ShardEntry:
+        from safetensors.torch import save_file
 
-
-def _hooks_of(model: Model, config: CacheConfig) -> tuple[str, ...]:
-    """The hooks' canonical names, after the checks that need the model."""
-    if config.context > model.context:
-        raise ConfigError(
-            f"context={config.context} exceeds the {model.context} tokens that {config.model} can read; lower it"
+        dtype = DTYPES[self.config.dtype]
+        n_before = self.ledger.n_rows * self.config.context
+        report = self._progress and _shifted(self._progress, n_before, self.config.tokens)
+        acts = read_activations(
+            self.model,
+            rows.tokens,
+            self.hook_names,
+            batch_rows=self.config.batch_rows,
+            dtype=torch.float32 if dtype in LARGEST else dtype,
+            progress=report,
         )
-    hook_names = tuple(model.check_hook(name) for name in config.hook_names)
-    if len(set(hook_names)) != len(hook_names):
-        raise ConfigError(f"hook_names {list(config.hook_names)} name the same place twice; leave one out")
-    return hook_names
+        tensors = {}
+        for hook in self.hook_names:
+            if dtype in LARGEST:
+                tensors[f"acts.{hook}"], tensors[f"scale.{hook}"] = quantised(acts.pop(hook), dtype)
+            else:
+                tensors[f"acts.{hook}"] = acts.pop(hook)
+        tensors |= {"tokens": torch.from_numpy(rows.tokens), "doc": torch.from_numpy(rows.doc)}
+        tensors |= {"held_out": torch.from_numpy(rows.held_out).byte()}
+        with atomic.replacing(file) as temporary:
+            save_file(tensors, temporary)
+            digest, n_bytes = atomic.sha256(temporary), temporary.stat().st_size
+        return ShardEntry(file=file.name, rows=len(rows.tokens), sha256=digest, bytes=n_bytes)
 
 
 @dataclass
@@ -259,35 +280,9 @@ class _Tally:
         self.n_tokens += rows.tokens.size
 
 
-# --- one shard
-
-
-def _write_shard(
-    file: Path,
-    rows: Rows,
-    model: Model,
-    hook_names: Sequence[str],
-    config: CacheConfig,
-    progress: Callable[[int], None] | None,
-) -> ShardEntry:
-    from safetensors.torch import save_file
-
-    dtype = DTYPES[config.dtype]
-    acts = read_activations(
-        model, rows.tokens, hook_names, batch_rows=config.batch_rows, dtype=dtype, progress=progress
-    )
-    tensors = {f"acts.{hook}": acts[hook] for hook in hook_names}
-    tensors |= {"tokens": torch.from_numpy(rows.tokens), "doc": torch.from_numpy(rows.doc)}
-    tensors |= {"held_out": torch.from_numpy(rows.held_out).byte()}
-    with atomic.replacing(file) as temporary:
-        save_file(tensors, temporary)
-        digest, n_bytes = atomic.sha256(temporary), temporary.stat().st_size
-    return ShardEntry(file=file.name, rows=len(rows.tokens), sha256=digest, bytes=n_bytes)
-
-
-def _shifted(progress: Progress | None, n_before: int, n_all: int) -> Callable[[int], None] | None:
+def _shifted(progress: Progress, n_before: int, n_all: int) -> Callable[[int], None]:
     """``progress`` for one shard: adds the tokens of the shards before."""
-    return None if progress is None else lambda n: progress(n_before + n, n_all)
+    return lambda n: progress(n_before + n, n_all)
 
 
 def _check_same_rows(file: Path, rows: Rows) -> None:
@@ -295,6 +290,36 @@ def _check_same_rows(file: Path, rows: Rows) -> None:
     same = all(np.array_equal(stored[name].numpy(), getattr(rows, name)) for name in Rows._fields)
     if not same:
         raise ArtifactError(_OTHER_TEXT.format(file))
+
+
+_OTHER_TEXT = "the text no longer gives the tokens that {} holds, it has changed; start anew with another --out"
+
+
+# --- what must hold before the first shard
+
+
+def _hooks_of(model: Model, config: CacheConfig) -> tuple[str, ...]:
+    """The hooks' canonical names, after the checks that need the model."""
+    if config.context > model.context:
+        raise ConfigError(
+            f"context={config.context} exceeds the {model.context} tokens that {config.model} can read; lower it"
+        )
+    hook_names = tuple(model.check_hook(name) for name in config.hook_names)
+    if len(set(hook_names)) != len(hook_names):
+        raise ConfigError(f"hook_names {list(config.hook_names)} name the same place twice; leave one out")
+    return hook_names
+
+
+def _nothing_to_read(config: CacheConfig, source: RowSource) -> str:
+    if all(record.sha256 == _EMPTY_SHA256 for record in source.documents):
+        return f"the text {config.text.source!r} is empty; give a file or data set with text in it"
+    return (
+        f"the text {config.text.source!r} has fewer tokens than one row of context={config.context}; "
+        "give more text or lower context"
+    )
+
+
+_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
 # --- the stage around the shards
@@ -310,39 +335,55 @@ def _check_settings(out: Path, config: CacheConfig) -> None:
             )
 
 
-def _finish(
-    stage: rundir.StageWriter,
-    config: CacheConfig,
-    model: Model,
-    hook_names: Sequence[str],
-    ledger: Ledger,
-    tally: _Tally,
-    read: Sequence[DocumentRecord],
-) -> None:
-    documents = stage.path / "documents.jsonl"
-    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in read]
+def _founded(out: Path, config: CacheConfig, ledger: Ledger, like: ActivationStore | None) -> rundir.StageWriter:
+    """The stage in ``out``, begun or looked over: ledger and log hold what can be trusted, leftovers are gone."""
+    if (out / "run.json").exists():
+        stage = rundir.StageWriter.resume(out, stage=STAGE)
+    else:
+        parents = {} if like is None else {LIKE: like.path}
+        stage = rundir.StageWriter.create(out, stage=STAGE, config=to_mapping(config), parents=parents)
+    ledger.recover()
+    _sort_metrics(out, ledger)
+    return stage
+
+
+def _sort_metrics(out: Path, ledger: Ledger) -> None:
+    """One line for each shard of the ledger, in the order of their numbers: what an undisturbed process would log."""
+    if (out / "metrics.jsonl").exists():
+        lines = {line["step"]: line for line in rundir.read_metrics(out) if line["step"] in ledger.shards}
+        kept = "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines))
+        atomic.write_bytes(out / "metrics.jsonl", kept.encode())
+
+
+def _finish(crew: _Crew, source: RowSource, like: ActivationStore | None) -> None:
+    config, model, tally, out = crew.config, crew.model, crew.tally, crew.stage.path
+    atomic.sweep(out)  # shards that a killed process had begun
+    _sort_metrics(out, crew.ledger)
+    documents = out / "documents.jsonl"
+    lines = [json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in source.documents]
     atomic.write_bytes(documents, "".join(lines).encode())
     manifest = Manifest(
         schema=SCHEMA,
         model=ModelEntry(name=config.model, sha256=model.weights_sha256),
-        hook_names=tuple(hook_names),
-        d_model={hook: model.hook_width(hook) for hook in hook_names},
+        hook_names=crew.hook_names,
+        d_model={hook: model.hook_width(hook) for hook in crew.hook_names},
         dtype=config.dtype,
         context=config.context,
         n_rows=tally.n_rows,
         n_held_out_rows=tally.n_held_out_rows,
         n_tokens=tally.n_tokens,
-        n_documents=len(read),
+        n_documents=len(source.documents),
         rows_per_shard=config.rows_per_shard,
         held_out_fraction=config.held_out,
         text=config.text,
-        bos_id=model.bos_id,
+        bos_id=model.bos_id if like is None else like.manifest.bos_id,
         documents=FileEntry(file=documents.name, sha256=atomic.sha256(documents), bytes=documents.stat().st_size),
-        shards=tuple(ledger.shards),
+        shards=tuple(crew.ledger.shards[number] for number in range(tally.n_shards)),
+        like=None if like is None else PairEntry(model=like.manifest.model, sha256=rundir.fingerprint(like.path)),
     )
-    atomic.write_json(stage.path / "manifest.json", to_mapping(manifest))
-    ledger.discard()
-    stage.finish()
+    atomic.write_json(out / "manifest.json", to_mapping(manifest))
+    crew.ledger.discard()
+    crew.stage.finish()
     if tally.n_tokens + config.context <= config.tokens:
         _log.warning("the text gave %s tokens, fewer than the %s wanted", f"{tally.n_tokens:,}", f"{config.tokens:,}")
     if config.held_out and not tally.n_held_out_rows:

@@ -1,7 +1,8 @@
 """Activations on disk: what lies in the directory, how it is checked, and how it is read.
 
     manifest.json              what, of which model and text, in which shards; each shard's size and sha256
-    shard_00000.safetensors    acts.<hook_name> [rows, seq, d_in], tokens [rows, seq], doc [rows, seq], held_out [rows]
+    shard_00000.safetensors    acts.<hook_name> [rows, seq, d_in], tokens [rows, seq], doc [rows, seq], held_out [rows];
+                               of int8 and float8_e4m3fn also scale.<hook_name> [rows, seq], by which to multiply
     documents.jsonl            one line a document: its number in ``doc``, title, side of the split, sha256 of the text
 
 Shards are memory-mapped, so opening a store of any size costs nothing and a batch touches only its own rows.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from saelab import atomic, rundir
+from saelab.activations.quantise import LARGEST, dequantised
 from saelab.activations.text import TextConfig
 from saelab.config import from_mapping
 from saelab.errors import ArtifactError, ConfigError, ShapeError, nearest
@@ -30,11 +32,20 @@ from saelab.models.hooks import canonical_hook_name
 
 SCHEMA = 1
 STAGE = "activations"
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+
+DtypeName = Literal["bfloat16", "float32", "float16", "int8", "float8_e4m3fn"]
 
 Split = Literal["train", "held_out", "all"]
 
-_HEADER_NAMES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}  # safetensors' own names
+# safetensors' own names
+_HEADER_NAMES = {"bfloat16": "BF16", "float32": "F32", "float16": "F16", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -66,6 +77,14 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairEntry:
+    """The store whose tokens were read again by another model: its model, and the fingerprint of its directory."""
+
+    model: ModelEntry
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The content of manifest.json."""
 
@@ -73,7 +92,7 @@ class Manifest:
     model: ModelEntry
     hook_names: tuple[str, ...]
     d_model: dict[str, int]
-    dtype: Literal["bfloat16", "float32", "float16"]
+    dtype: DtypeName
     context: int
     n_rows: int
     n_held_out_rows: int
@@ -85,6 +104,7 @@ class Manifest:
     bos_id: int
     documents: FileEntry
     shards: tuple[ShardEntry, ...]
+    like: PairEntry | None = None
 
 
 class DocumentRecord(NamedTuple):
@@ -180,8 +200,8 @@ class ActivationStore:
         return np.flatnonzero(self._held_out == (split == "held_out"))
 
     def acts(self, hook_name: str, rows: Int64[np.ndarray, " n"]) -> Float[Tensor, "n seq d_in"]:
-        """Activations of whole rows, in the store's dtype."""
-        return self._take(f"acts.{self.check_hook(hook_name)}", rows)
+        """Activations of whole rows: in the store's dtype, or in float32 from int8 and float8_e4m3fn."""
+        return self._take_acts(hook_name, rows)
 
     def tokens(self, rows: Int64[np.ndarray, " n"]) -> Int64[Tensor, "n seq"]:
         """Token ids of whole rows, BOS at position 0."""
@@ -192,9 +212,8 @@ class ActivationStore:
         return self._take("doc", rows).long()
 
     def gather(self, hook_name: str, positions: Int64[np.ndarray, " n"]) -> Float[Tensor, "n d_in"]:
-        """Activations at flat positions (row x context + place), in the store's dtype."""
-        rows, places = np.divmod(positions, self.context)
-        return self._take(f"acts.{self.check_hook(hook_name)}", rows, places)
+        """Activations at flat positions (row x context + place), in the dtype of ``acts``."""
+        return self._take_acts(hook_name, *np.divmod(positions, self.context))
 
     @functools.cached_property
     def documents(self) -> tuple[DocumentRecord, ...]:
@@ -206,6 +225,14 @@ class ActivationStore:
     def _held_out(self) -> np.ndarray:
         """[n_rows] bool."""
         return torch.cat([self._shard(i)["held_out"] for i in range(len(self.manifest.shards))]).numpy() != 0
+
+    def _take_acts(self, hook_name: str, rows: np.ndarray, places: np.ndarray | None = None) -> Tensor:
+        """Activations of whole rows, or at one place of each."""
+        hook_name = self.check_hook(hook_name)
+        values = self._take(f"acts.{hook_name}", rows, places)
+        return (
+            dequantised(values, self._take(f"scale.{hook_name}", rows, places)) if values.dtype in LARGEST else values
+        )
 
     def _take(self, name: str, rows: np.ndarray, places: np.ndarray | None = None) -> Tensor:
         """Whole rows of a tensor, or one place of each."""
@@ -272,6 +299,18 @@ def shard_name(number: int) -> str:
     return f"shard_{number:05d}.safetensors"
 
 
+def shard_number(file: str) -> int | None:
+    """The number n for which ``file`` is ``shard_name(n)``; None if it is no shard's name."""
+    digits = file.removeprefix("shard_").removesuffix(".safetensors")
+    return int(digits) if digits.isdecimal() and shard_name(int(digits)) == file else None
+
+
+def token_bytes(dtype: DtypeName, widths: Iterable[int]) -> int:
+    """Bytes that a token takes on the disk: the activations of hooks of these widths, its id and its document."""
+    kind = DTYPES[dtype]
+    return 8 + sum(width * kind.itemsize + (4 if kind in LARGEST else 0) for width in widths)
+
+
 def check_shard(file: Path, shard: ShardEntry, manifest: Manifest) -> None:
     """Check a shard's size, and its header against the manifest, without reading its data.
 
@@ -281,6 +320,8 @@ def check_shard(file: Path, shard: ShardEntry, manifest: Manifest) -> None:
     _check_size(file, shard.bytes)
     rows, seq, dtype = shard.rows, manifest.context, _HEADER_NAMES[manifest.dtype]
     expected = {f"acts.{hook}": (dtype, [rows, seq, width]) for hook, width in manifest.d_model.items()}
+    if DTYPES[manifest.dtype] in LARGEST:
+        expected |= {f"scale.{hook}": ("F32", [rows, seq]) for hook in manifest.d_model}
     expected |= {"tokens": ("I32", [rows, seq]), "doc": ("I32", [rows, seq]), "held_out": ("U8", [rows])}
     if _tensors_in(file) != expected:
         raise ArtifactError(f"{file} is damaged: it lacks the tensors that the manifest promises; capture again")
@@ -302,8 +343,9 @@ def map_shard(file: Path) -> dict[str, Tensor]:
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory as numpy sees it; numpy has no bfloat16."""
-    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    """The tensor's memory as numpy sees it; numpy has no bfloat16 and no float8."""
+    stand_in = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.int8}.get(tensor.dtype, tensor.dtype)
+    return tensor.view(stand_in).numpy()
 
 
 def _check_size(file: Path, n_bytes: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from saelab.models.load import Model
 
 #: Widths of the hooks it has.
 HOOKS = {"blocks.0.hook_resid_post": 8, "blocks.1.hook_resid_post": 8, "blocks.1.attn.hook_z": 4}
+
+
+class FakeTokenizer:
+    """Spells byte b as "<b>"; ``other`` gives some of them another spelling."""
+
+    def __init__(self, n: int = 257, other: Mapping[int, str] | None = None) -> None:
+        self._n = n
+        self._other = other or {}
+
+    def __len__(self) -> int:
+        return self._n
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return [self._other.get(i, f"<{i}>") for i in ids]
 
 
 class FakeModel(Model):
@@ -28,6 +42,7 @@ class FakeModel(Model):
         self.weights_sha256 = f"{seed:064d}"  # type: ignore[misc]
         self.seconds_per_forward = seconds_per_forward
         self.n_forwards = 0
+        self.tokenizer = FakeTokenizer()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from saelab.activations.capture import CacheConfig, capture
 from saelab.activations.live import LiveBatches
 from saelab.activations.loader import Batches
 from saelab.activations.text import TextConfig
-from saelab.errors import ConfigError, TextError
+from saelab.errors import ArtifactError, ConfigError, TextError
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -105,3 +106,49 @@ def test_bad_settings_and_text_without_training_rows_are_refused(config: CacheCo
     (tmp_path / "text.jsonl").write_text("")
     with pytest.raises(TextError, match="gives no training row"):
         live(config).at(0)
+
+
+# --- reading ahead
+
+
+def test_reading_ahead_changes_no_batch_and_captures_no_chunk_more(config: CacheConfig):
+    model, straight = FakeModel(), live(config)
+    batches = live(config, model, n_steps=18)  # 360 tokens: three chunks of 120, two forward passes each
+    for step in range(18):
+        torch.testing.assert_close(batches.at(step), straight.at(step), rtol=0, atol=0)
+    batches._chunks._thread.shutdown()
+    assert model.n_forwards == 3 * 2
+    assert batches.n_outliers == straight.n_outliers
+
+
+def test_the_next_chunk_is_captured_while_the_caller_works(config: CacheConfig):
+    def waited(n_steps: int | None) -> float:
+        batches = live(config, FakeModel(seconds_per_forward=0.05), n_steps=n_steps)
+        for step in range(18):
+            batches.at(step)
+            time.sleep(0.04)  # a chunk takes 6 steps, 0.24 s, and its capture 0.1 s
+        return batches.stall_s
+
+    alone, ahead = waited(None), waited(18)
+    assert alone > 0.3
+    assert ahead < 0.6 * alone  # the first chunk has to be waited for, the two others come meanwhile
+
+
+def test_closing_stops_the_capture_ahead(config: CacheConfig):
+    model = FakeModel(seconds_per_forward=0.02)
+    batches = live(config, model, n_steps=10**6, chunk_rows=80)
+    batches.at(0)
+    n_forwards = model.n_forwards
+    batches.close()
+    batches._chunks._thread.shutdown()  # as the end of the process does
+    assert model.n_forwards <= n_forwards + 2
+
+
+def test_an_error_in_the_background_reaches_the_caller(config: CacheConfig):
+    model = FakeModel(seconds_per_forward=0.02)
+    batches = live(config, model, n_steps=18)
+    batches.at(0)
+    model.tables[HOOK][:] = torch.nan  # while the second chunk is captured, or before
+    with pytest.raises(ArtifactError, match="hold values that are no float32 numbers"):
+        for step in range(18):
+            batches.at(step)
