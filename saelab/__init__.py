@@ -12,7 +12,13 @@ from saelab.errors import SaelabError
 
 if TYPE_CHECKING:
     from saelab.activations.capture import CacheConfig, capture
+    from saelab.activations.stacked import DifferenceBatches, Slot, StackedBatches
     from saelab.activations.store import ActivationStore
+    from saelab.align.density import preferred_density
+    from saelab.align.overopt import overoptimise
+    from saelab.align.policy import PolicyConfig, load_policy
+    from saelab.align.reward import load_reward_model
+    from saelab.align.run import align
     from saelab.evals.reconstruction import evaluate
     from saelab.features.index import FeatureIndex, build_index, load_index
     from saelab.features.records import Example, FeatureRecord
@@ -33,6 +39,15 @@ _HOME = {
     "ActivationStore": "saelab.activations.store",
     "CacheConfig": "saelab.activations.capture",
     "capture": "saelab.activations.capture",
+    "Slot": "saelab.activations.stacked",
+    "StackedBatches": "saelab.activations.stacked",
+    "DifferenceBatches": "saelab.activations.stacked",
+    "PolicyConfig": "saelab.align.policy",
+    "load_policy": "saelab.align.policy",
+    "load_reward_model": "saelab.align.reward",
+    "align": "saelab.align.run",
+    "overoptimise": "saelab.align.overopt",
+    "preferred_density": "saelab.align.density",
     "TrainConfig": "saelab.train.config",
     "train_sae": "saelab.train.loop",
     "evaluate": "saelab.evals.reconstruction",

@@ -132,5 +132,9 @@ def test_nothing_reads_or_writes_pickle():
     for path in SOURCES:
         tree = ast.parse(path.read_text("utf-8"))
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        if path == ROOT / "saelab" / "sae" / "formats" / "pt.py":  # other tools' files, read without their code
+            loads = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
+            assert all("weights_only=True" in ast.unparse(load) for load in loads)
+            calls -= {"torch.load", "torch.save"}
         assert not calls & {"torch.load", "torch.save", "pickle.load", "pickle.dump", "pickle.loads", "eval"}, path
         assert not imported(path) & {"pickle", "dill", "joblib", "cloudpickle"}, path

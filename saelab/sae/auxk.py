@@ -5,8 +5,10 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelab.dist import Group
 from saelab.errors import ConfigError
 from saelab.sae.base import SAE
+from saelab.sae.spread import variance_share
 from saelab_kernels.revive import aux_loss
 
 
@@ -37,8 +39,31 @@ def auxk_loss(
     sum |residual - recon_of_dead|^2 / sum |residual - mean(residual)|^2, after Gao et al. 2024, arXiv 2406.04093, A.2.
     0 when nothing is dead. Its gradient reaches the dead rows alone: all but the weights counts as constant.
     """
+    return revival_loss(
+        sae.encoder,
+        sae.b_enc,
+        sae.W_dec,
+        centred=acts - sae.b_dec.detach(),
+        residual=residual,
+        dead=dead,
+        k_aux=k_aux,
+        tokens=sae.tokens,
+    )
+
+
+def revival_loss(
+    encoder: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    *,
+    centred: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_out"],
+    dead: Bool[Tensor, " d_sae"] | None,
+    k_aux: int,
+    tokens: Group,
+) -> Float[Tensor, ""]:
+    """The same for these weights; ``centred`` is what the encoder multiplies, ``tokens`` who hold the batch."""
     rows = dead.nonzero().flatten() if dead is not None else None
     if rows is None or not len(rows):
-        return acts.new_zeros(())
-    centred = acts - sae.b_dec.detach()
-    return aux_loss(rows, residual, centred, sae.encoder, sae.b_enc, sae.W_dec, k_aux)
+        return residual.new_zeros(())
+    return variance_share(residual.detach(), tokens) * aux_loss(rows, residual, centred, encoder, b_enc, W_dec, k_aux)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from saelab.dist import ALONE, Group
 from saelab.errors import ConfigError, ShapeError
 from saelab_kernels import Layer, SparseGrads, encode_above
 
@@ -58,15 +59,32 @@ class SparseCodes(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metadata:
-    """Where an SAE belongs: the model and hook that it reads, and the units of its input."""
+class Source:
+    """A model's hook: where one of several activations of a token comes from."""
 
     model_name: str = ""
     """The model, as one would load it; empty where a file does not say."""
     model_sha256: str | None = None
     """Hash of the model's weights."""
     hook_name: str = ""
+    """Empty where a file does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Where an SAE belongs: the model and hook that it reads, and the units of its input."""
+
+    model_name: str = ""
+    """The model, as one would load it; empty where a file does not say. Of several sources the first one's."""
+    model_sha256: str | None = None
+    """Hash of the model's weights."""
+    hook_name: str = ""
     """The hook whose activations the SAE reads and reconstructs; empty where a file does not say."""
+    sources: tuple[Source, ...] = ()
+    """With more than one: input and target of a transcoder, the slots of a crosscoder, the two models of a difference
+    SAE. Empty for an SAE that reads one hook of one model."""
+    reads: Literal["activations", "difference"] = "activations"
+    """Whether it reads what the sources give, or the second source minus the first."""
     context_size: int | None = None
     """Tokens in a training sequence."""
     dataset: str | None = None
@@ -87,6 +105,9 @@ class SAE(nn.Module):
     Weights are stored feature-major, so that kernels read a feature's row in one piece; ``W_enc`` is the transposed
     view. An architecture defines ``_activate`` and, if it can be trained, ``training_loss``.
     """
+
+    tokens: Group = ALONE
+    """The processes over which the tokens of a training batch are spread."""
 
     def __init__(self, cfg: SAEConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
         """Random unit rows in W_dec, the encoder tied to them, biases zero."""
@@ -273,7 +294,7 @@ class Feature:
     index: int
 
     @property
-    def direction(self) -> Float[Tensor, " d_out"]:
+    def direction(self) -> Float[Tensor, "*slots d_out"]:
         """What the feature adds to the reconstruction for each unit of activation: row ``index`` of W_dec."""
         return self.sae.W_dec[self.index].detach()
 
@@ -282,6 +303,6 @@ class Feature:
         return self.sae.metadata.hook_name
 
     @torch.no_grad()
-    def activation(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch"]:
+    def activation(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*tokens"]:
         """How strongly the feature fires on each of ``acts``."""
         return self.sae.encode(acts)[..., self.index]

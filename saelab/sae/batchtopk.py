@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.errors import ConfigError
 from saelab.sae.auxk import auxk_loss, check_settings
 from saelab.sae.base import SAE, SAELoss, TrainingGradient
+from saelab.sae.batch_threshold import check_momentum, jumprelu_twin, update_threshold_
 from saelab.sae.gradient import with_auxk
-from saelab.sae.jumprelu import JumpReLU, JumpReLUConfig, jump_relu
-from saelab_kernels import batchtopk_gradient, encode_batchtopk, ragged_decode
+from saelab.sae.jumprelu import JumpReLU, jump_relu
+from saelab.sae.spread import largest_of_batch, smallest_kept
+from saelab_kernels import batchtopk_gradient, ragged_decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,7 @@ class BatchTopKConfig:
 
     def __post_init__(self) -> None:
         check_settings(d_sae=self.d_sae, k=self.k, aux_coefficient=self.aux_coefficient, k_aux=self.k_aux)
-        if not 0 <= self.threshold_momentum < 1:
-            raise ConfigError(
-                f"threshold_momentum must be at least 0 and below 1, got {self.threshold_momentum}; "
-                "the usual value is 0.99"
-            )
+        check_momentum(self.threshold_momentum)
 
 
 class BatchTopK(SAE):
@@ -66,8 +63,9 @@ class BatchTopK(SAE):
     ) -> SAELoss:
         """Squared error divided by d_in, plus the auxiliary loss for ``dead`` features; updates the threshold."""
         acts = self._checked(acts)
-        active = encode_batchtopk(acts - self.b_dec, self.encoder, self.b_enc, self.cfg.k)
-        self._update_threshold(active.acts.detach())
+        n_kept = self.cfg.k * len(acts) * self.tokens.size
+        active = largest_of_batch(acts - self.b_dec, self.encoder, self.b_enc, n_kept, self.tokens)
+        self._update_threshold(smallest_kept(active.acts.detach(), self.tokens))
         error = ragged_decode(active, self.W_dec, self.b_dec) - acts
         reconstruction = error.pow(2).mean()
         k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
@@ -103,15 +101,9 @@ class BatchTopK(SAE):
         super().fold_(mean, scale)
         self.threshold.div_(scale)
 
-    @torch.no_grad()
     def as_jumprelu(self) -> JumpReLU:
         """The SAE that it is at inference."""
-        twin = JumpReLU(JumpReLUConfig(d_sae=self.d_sae), self.d_in).to(self.device, self.dtype)
-        for name in ("encoder", "W_dec", "b_enc", "b_dec"):
-            getattr(twin, name).copy_(getattr(self, name))
-        twin.threshold.copy_(self.threshold.expand(self.d_sae))
-        twin.metadata = self.metadata
-        return twin
+        return jumprelu_twin(self, self.threshold)
 
     def activation_floor(self) -> Float[Tensor, " d_sae"]:
         """The one threshold of all features, 0 where it is negative."""
@@ -120,10 +112,5 @@ class BatchTopK(SAE):
     def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         return jump_relu(pre_acts, self.threshold)
 
-    @torch.no_grad()
     def _update_threshold(self, kept: Float[Tensor, " kept"]) -> None:
-        """Running mean of the smallest kept activation; the first batch sets it, a batch without any leaves it."""
-        if len(kept) and torch.isfinite(smallest := kept.min()):
-            momentum = self.cfg.threshold_momentum if self.n_updates else 0.0
-            self.threshold.lerp_(smallest.to(self.threshold.dtype), 1 - momentum)
-            self.n_updates += 1
+        update_threshold_(self.threshold, self.n_updates, kept, momentum=self.cfg.threshold_momentum)

@@ -1,4 +1,8 @@
-"""The ReLU autoencoder with an L1 penalty: f = ReLU(acts W_enc + b_enc), recon = f W_dec."""
+"""The ReLU autoencoder with an L1 penalty (Bricken et al. 2023, transformer-circuits.pub/2023/monosemantic-features).
+
+f = ReLU((x - b_dec) W_enc + b_enc)      recon = f W_dec + b_dec
+loss = (|x - recon|^2 + l1_coefficient * sum_i f_i) / d_in,  or with sum_i f_i |W_dec,i| (Anthropic, April 2024)
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from torch import Tensor
 
 from saelab.errors import ConfigError
 from saelab.sae.base import SAE, SAELoss
+from saelab.sae.firing import autoencode_relu
+from saelab.sae.progress import check_share, warmed_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +31,15 @@ class ReLUConfig:
     """With "zero", f = ReLU(acts W_enc + b_enc) and recon = f W_dec exactly, and training does not centre its input."""
     weight_l1_by_decoder_norm: bool = False
     """Weight each activation in the penalty by the norm of its row of W_dec, and leave that norm free in training."""
+    l1_warmup_share: float = 0.05
+    """Share of the training over which the coefficient rises from 0 (Anthropic, April 2024: the first 5 %)."""
 
     def __post_init__(self) -> None:
         if self.d_sae < 1:
             raise ConfigError(f"d_sae must be at least 1, got {self.d_sae}; raise it")
         if self.l1_coefficient < 0:
             raise ConfigError(f"l1_coefficient must not be negative, got {self.l1_coefficient}; usual is 0.1 to 10")
+        check_share("l1_warmup_share", self.l1_warmup_share)
 
 
 class ReLU(SAE):
@@ -48,19 +57,22 @@ class ReLU(SAE):
         progress: float = 1.0,
     ) -> SAELoss:
         """Squared error plus ``l1_coefficient`` times the L1 norm, both divided by d_in; ``dead`` is not used."""
-        feature_acts = self.encode(acts)
-        reconstruction = (self.decode(feature_acts) - acts).pow(2).mean()
+        acts = self._checked(acts)
+        firing = autoencode_relu(self, acts)
+        reconstruction = (firing.recon - acts).pow(2).mean()
+        weighted = firing.acts
         # plain L1 would be escaped by small activations and long decoder rows; unit rows or this weight prevent it
-        weighted = feature_acts * self.W_dec.norm(dim=1) if self.cfg.weight_l1_by_decoder_norm else feature_acts
-        sparsity = self.cfg.l1_coefficient * weighted.sum(1).mean() / self.d_in
-        active = feature_acts.detach() > 0
+        if self.cfg.weight_l1_by_decoder_norm:
+            weighted = weighted * firing.at_acts(torch.linalg.vector_norm(self.W_dec, dim=1))
+        coefficient = self.cfg.l1_coefficient * warmed_up(progress, share=self.cfg.l1_warmup_share)
+        sparsity = weighted.sum() * (coefficient / acts.numel())
         return SAELoss(
             total=reconstruction + sparsity,
             reconstruction=reconstruction.detach(),
             sparsity=sparsity.detach(),
             aux=torch.zeros_like(sparsity.detach()),
-            fired=active.any(0),
-            l0=active.sum(1, dtype=acts.dtype).mean(),
+            fired=firing.fired,
+            l0=firing.l0,
         )
 
     def normalise_decoder_(self) -> None:

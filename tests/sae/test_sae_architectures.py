@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from saelab.errors import ConfigError, ShapeError
+from saelab.sae.abstopk import AbsTopKConfig
 from saelab.sae.base import SAE, Metadata, SparseCodes
 from saelab.sae.batchtopk import BatchTopK, BatchTopKConfig
+from saelab.sae.gated import GatedConfig
 from saelab.sae.io import new_sae
 from saelab.sae.jumprelu import JumpReLUConfig, jump_relu
+from saelab.sae.matching_pursuit import MatchingPursuitConfig
+from saelab.sae.panneal import PAnnealConfig
 from saelab.sae.relu import ReLUConfig
 from saelab.sae.topk import TopK, TopKConfig
 
@@ -21,6 +25,10 @@ CONFIGS = [
     TopKConfig(d_sae=D_SAE, k=7),
     BatchTopKConfig(d_sae=D_SAE, k=7),
     JumpReLUConfig(d_sae=D_SAE),
+    PAnnealConfig(d_sae=D_SAE),
+    AbsTopKConfig(d_sae=D_SAE, k=7),
+    GatedConfig(d_sae=D_SAE),
+    MatchingPursuitConfig(d_sae=D_SAE, max_iterations=7),
 ]
 every_architecture = pytest.mark.parametrize("config", CONFIGS, ids=str)
 
@@ -30,8 +38,10 @@ def make(config, *, d_in: int = D_IN, seed: int = 0) -> SAE:
     generator = torch.Generator().manual_seed(seed)
     sae = new_sae(config, d_in=d_in, generator=generator)
     with torch.no_grad():
-        sae.encoder += 0.1 * torch.randn(sae.encoder.shape, generator=generator)
-        sae.b_enc += 0.1 * torch.randn(sae.b_enc.shape, generator=generator)
+        for name in ("encoder", "b_enc", "b_gate", "b_mag", "r_mag"):
+            if hasattr(sae, name):
+                weights = getattr(sae, name)
+                weights += 0.1 * torch.randn(weights.shape, generator=generator)
         if getattr(config, "b_dec", "learned") == "learned":
             sae.b_dec += torch.randn(sae.b_dec.shape, generator=generator)
         if config.arch in ("batchtopk", "jumprelu"):
@@ -39,15 +49,32 @@ def make(config, *, d_in: int = D_IN, seed: int = 0) -> SAE:
     return sae
 
 
+def feature_acts_by_definition(sae: SAE, acts: torch.Tensor) -> torch.Tensor:
+    """From the weights in float64, each architecture by its formula."""
+    arch, W_dec, b_dec = sae.cfg.arch, sae.W_dec.double(), sae.b_dec.double()
+    if arch == "matching_pursuit":
+        residual, feature_acts = acts.double() - b_dec, torch.zeros(len(acts), sae.d_sae, dtype=torch.float64)
+        for _ in range(sae.cfg.max_iterations):
+            value, index = (residual @ W_dec.T).max(dim=1)
+            feature_acts[torch.arange(len(acts)), index] += value
+            residual = residual - value[:, None] * W_dec[index]
+        return feature_acts
+    projections = (acts.double() - b_dec) @ sae.W_enc.double()
+    if arch == "gated":
+        magnitudes = projections * sae.r_mag.double().exp() + sae.b_mag.double()
+        return magnitudes.relu() * (projections + sae.b_gate.double() > 0)
+    pre_acts = projections + sae.b_enc.double()
+    if arch == "abstopk":
+        return pre_acts * (pre_acts.abs() >= pre_acts.abs().topk(sae.cfg.k).values[:, -1:])
+    if arch == "topk":
+        return pre_acts.relu() * (pre_acts >= pre_acts.topk(sae.cfg.k).values[:, -1:])
+    return pre_acts.relu() * (pre_acts > (sae.threshold.double() if arch in ("batchtopk", "jumprelu") else 0))
+
+
 @every_architecture
 def test_the_equations_hold(config):
     sae, acts = make(config), torch.randn(20, D_IN)
-    pre_acts = (acts.double() - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
-    if config.arch == "topk":
-        kept = pre_acts >= pre_acts.topk(config.k).values[:, -1:]
-    else:
-        kept = pre_acts > (sae.threshold.double() if config.arch in ("batchtopk", "jumprelu") else 0)
-    feature_acts = pre_acts.relu() * kept
+    feature_acts = feature_acts_by_definition(sae, acts)
     torch.testing.assert_close(sae.encode(acts).double(), feature_acts, rtol=1e-5, atol=1e-5)
     recon = feature_acts @ sae.W_dec.double() + sae.b_dec.double()
     torch.testing.assert_close(sae(acts).double(), recon, rtol=1e-5, atol=1e-5)
@@ -80,7 +107,8 @@ def test_sparse_codes_are_the_active_features_sorted_by_row_and_feature(config):
     assert (keys.diff() > 0).all()
     dense = torch.zeros(20, D_SAE).index_put((codes.rows, codes.features), codes.values)
     torch.testing.assert_close(dense, sae.encode(acts).detach(), rtol=1e-5, atol=1e-6)
-    assert (codes.values > 0).all()
+    assert (codes.values > 0).all() or config.arch == "abstopk"
+    assert (codes.values != 0).all()
 
 
 @every_architecture
@@ -89,8 +117,7 @@ def test_not_a_number_shows_in_every_form(config):
     acts[1, 4] = float("nan")
     assert sae(acts).isnan().any(1).tolist() == [False, True, False]
     assert sae.sparse_codes(acts).values.isnan().any()
-    if config.arch != "jumprelu":
-        assert sae.training_loss(acts).total.isnan()
+    assert sae.training_loss(acts).total.isnan()
 
 
 @every_architecture
@@ -110,6 +137,17 @@ def test_folding_gives_the_same_sae_on_raw_activations(config):
     if getattr(config, "weight_l1_by_decoder_norm", False):
         norms = torch.ones_like(norms)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), norms)
+
+
+@every_architecture
+def test_a_floor_says_which_pre_activations_pass(config):
+    sae, acts = make(config), torch.randn(20, D_IN)
+    floor = sae.activation_floor()
+    if floor is None:
+        assert config.arch in ("topk", "abstopk", "matching_pursuit")
+    else:
+        pre_acts = sae.pre_acts(acts)
+        torch.testing.assert_close(sae.encode(acts), pre_acts * (pre_acts > floor), rtol=1e-5, atol=1e-6)
 
 
 @every_architecture
@@ -201,10 +239,11 @@ def test_the_same_seed_gives_the_same_tied_unit_weights(config):
     a, b = (new_sae(config, d_in=D_IN, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     assert torch.equal(a.W_dec, b.W_dec)
     assert torch.equal(a.W_enc, a.W_dec.T)
-    assert a.W_enc.untyped_storage().data_ptr() == a.encoder.untyped_storage().data_ptr()
+    read = a.W_dec if config.arch == "matching_pursuit" else a.encoder
+    assert a.W_enc.untyped_storage().data_ptr() == read.untyped_storage().data_ptr()
     torch.testing.assert_close(a.W_dec.norm(dim=1), torch.ones(D_SAE))
-    assert not a.b_enc.any()
-    assert not a.b_dec.any()
+    for name in ("b_enc", "b_gate", "b_mag", "r_mag", "b_dec"):
+        assert not hasattr(a, name) or not getattr(a, name).any()
     assert not torch.equal(a.W_dec, new_sae(config, d_in=D_IN, generator=torch.Generator().manual_seed(5)).W_dec)
 
 
