@@ -32,6 +32,33 @@ _ALL = (
     Metric("kl_sae", "KL(clean || sae)", "nats", "lower"),
     Metric("dead_fraction", "share of features that did not fire once in the evaluation tokens", "share", "lower"),
     Metric("density", "share of tokens on which a feature fires", "share", "neither"),
+    Metric(
+        "mean_max_cosine",
+        "mean over true features of the largest cosine with a feature's direction",
+        "cosine",
+        "higher",
+    ),
+    Metric("mcc", "mean cosine of true features with their partners by one-to-one assignment", "cosine", "higher"),
+    Metric("matched_f1", "mean over true features of the F1 of their partner's firing", "share", "higher"),
+    Metric("probe_accuracy", "share of test texts that a probe puts into the right class", "share", "higher"),
+    Metric("probe_f1", "harmonic mean of a probe's precision and recall", "share", "higher"),
+    Metric(
+        "absorption_full", "share of a letter's words on which other features do its features' work", "share", "lower"
+    ),
+    Metric(
+        "absorption_fraction", "share of a letter's direction in a word that other features carry", "share", "lower"
+    ),
+    Metric("split_features", "features that stand for one letter", "count", "lower"),
+    Metric(
+        "meta_explained_variance",
+        "variance of the feature directions that a small dictionary of shared ones explains",
+        "share",
+        "lower",
+    ),
+    Metric(
+        "seed_stability", "share of live features with a partner in the same SAE of another seed", "share", "higher"
+    ),
+    Metric("seed_cosine", "mean cosine of live features with their partners of another seed", "cosine", "higher"),
     Metric("loss", "what training minimises", "none", "lower"),
     Metric("reconstruction", "mean |x - x_hat|^2 / mean |x|^2 of centred activations in the batch", "share", "lower"),
     Metric("sparsity", "sparsity penalty, its coefficient included", "none", "lower"),
@@ -39,6 +66,18 @@ _ALL = (
     Metric("n_dead", "features that did not fire within the window of recent training tokens", "count", "lower"),
     Metric("lr", "learning rate", "none", "neither"),
     Metric("grad_norm", "norm of the gradient before clipping", "none", "neither"),
+    Metric("n_skipped", "batches left out because their loss or gradient was not finite", "count", "lower"),
+    Metric("coefficient", "sparsity coefficient that the L0 controller has come to", "none", "neither"),
+    Metric(
+        "saturated", "1 where that coefficient is at its limit, so that the target is out of reach", "0 or 1", "lower"
+    ),
+    Metric("gamma", "||mean|| / total standard deviation of the activations: predicts dead features", "ratio", "lower"),
+    Metric(
+        "decoder_projection",
+        "n-th largest projection of an activation on decoder rows; least at the right L0",
+        "share of norm",
+        "lower",
+    ),
     Metric(
         "tokens_per_second",
         "training speed since the last log line (a timing, not compared on resume)",

@@ -1,72 +1,172 @@
-"""saelab eval: how good is an SAE on text it never saw."""
+"""saelab eval: how good is an SAE on text it never saw, and what are its features worth."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, emit, progress_bar, say, table
+from saelab import atomic
+from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, PrintConfig, emit, progress_bar, say, table
 from saelab.cli.inputs import opened
+from saelab.errors import ConfigError
 
 if TYPE_CHECKING:
+    from saelab.activations.store import ActivationStore
     from saelab.evals.reconstruction import EvalConfig
+    from saelab.evals.suite import Run
+
+SUITES = ("core", "full", "toy")
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Directory of an SAE, or its workspace.")],
+    run: Annotated[Path | None, typer.Argument(help="Directory of an SAE, or its workspace.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="core: reconstruction and predictions. full: and baselines, controls, probing, absorption, stability, "
+            "meta-SAE. toy: architectures on worlds of known features, without a RUN."
+        ),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another SAE of the same hook to compare with, over the same text; may be repeated."),
+    ] = None,
+    probe_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:text=FIELD,label=FIELD]",
+            help="Labelled texts (.jsonl, .csv, .parquet) for sparse probing (full); may be repeated.",
+        ),
+    ] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="With --suite toy: an architecture to try; may be repeated.")
+    ] = None,
     activations: Annotated[
         Path | None, typer.Option(help="Activations whose held-out text to use; by default those it was trained on.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Held-out tokens to evaluate on.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens to evaluate on; with --suite toy tokens of a training.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory to write; by default eval/ beside the SAE. An older one is replaced.")
     ] = None,
     device: Device = None,
     config: ConfigFile = None,
     set_: Overrides = None,
+    print_config: PrintConfig = False,
     json: AsJson = False,
 ) -> None:
     """Measure an SAE on held-out text, with intervals.
 
-    Reconstruction, sparsity, dead features, and what the model predicts with the SAE spliced in.
+    Reconstruction, sparsity, dead features, and what the model predicts with the SAE spliced in; with --suite full also
+    what its features are worth, beside the same SAE on a model with random weights.
     """
     from saelab import config as configs
-    from saelab.evals.reconstruction import EvalConfig
 
-    settings = configs.load(EvalConfig, config, set_ or (), tokens=tokens)
-    result = run_evaluation(run, settings, activations=activations, out=out, device=device)
+    if suite is not None and suite not in SUITES:
+        raise ConfigError(f"--suite must be one of {', '.join(SUITES)}, got {suite!r}; leave it out for core")
+    if suite == "toy":
+        beside = {"RUN": run, "--against": against, "--probe-data": probe_data, "--activations": activations}
+        if given := [name for name, value in beside.items() if value]:
+            raise ConfigError(f"--suite toy makes its own activations and SAEs; leave {given[0]} out")
+        toy_worlds(
+            configs.merge(config, set_ or (), tokens=tokens, arch=arch), out, print_config=print_config, json=json
+        )
+        return
+    from saelab.evals.labelled import parse
+    from saelab.evals.suite import SuiteConfig
+
+    if arch:
+        raise ConfigError(f"--arch {arch[0]} belongs to --suite toy; the SAE in RUN has its architecture")
+    settings = configs.load(SuiteConfig, config, set_ or (), tokens=tokens, suite=suite)
+    if probe_data:
+        files = tuple(parse(spec) for spec in probe_data)
+        settings = replace(settings, probing=replace(settings.probing, data=(*settings.probing.data, *files)))
+    if print_config:
+        print(configs.to_toml(settings), end="")
+        return
+    if run is None:
+        raise ConfigError("eval needs the directory of an SAE; give one, for example: saelab eval runs/demo")
+    result = run_evaluation(run, settings, against=against or (), activations=activations, out=out, device=device)
     if json:
         emit(result)
     else:
-        print(as_table(result))
+        print(as_text(result))
 
 
 def run_evaluation(
     run: Path,
     settings: EvalConfig,
     *,
+    against: Sequence[Path] = (),
     activations: Path | None = None,
     out: Path | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate, publish eval.json, and return its content."""
+    """Evaluate, publish eval.json with its report to read, and return its content."""
     from saelab import config as configs
     from saelab import rundir
-    from saelab.evals.reconstruction import evaluate, report
+    from saelab.evals.kept import KeptPieces
+    from saelab.evals.report import html, markdown
+    from saelab.evals.suite import Run, SuiteConfig, content, run_suite
 
+    config = settings if isinstance(settings, SuiteConfig) else SuiteConfig(**vars(settings))
     sae_path = rundir.find(run, "sae")
     out = out or sae_path.parent / "eval"
     rundir.check_replaceable(out, "eval")
     sae, store, model = opened(sae_path, activations=activations, device=device)
-    with progress_bar("eval") as progress:
-        evaluation = evaluate(sae, store, model, settings, progress=progress)
-    result = report(evaluation)
+    this, others = Run(sae_path, sae), [_other(path, store, model.device) for path in against]
+    kept = KeptPieces(out, content(this, others, store, config))
+    result = run_suite(this, others, store, model, config, kept, progress_bar)
     parents = {"sae": sae_path, "activations": store.path}
-    rundir.replace_result(out, result, stage="eval", config=configs.to_mapping(settings), parents=parents)
-    say(f"written to {out}")
+    parents |= {f"against_{number}": other.path for number, other in enumerate(others, start=1)}
+    _publish(out, result, configs.to_mapping(config), parents, {"md": markdown(result), "html": html(result)})
+    kept.discard()
+    say(f"written to {out}; to read: {out / 'report.html'}")
     return result
+
+
+def toy_worlds(mapping: dict[str, Any], out: Path | None, *, print_config: bool, json: bool) -> None:
+    """Try architectures on toy worlds and print the table; with ``out`` also write it there."""
+    from saelab import config as configs
+    from saelab import rundir
+    from saelab.evals.toy_report import as_rows, to_json, toy_html, toy_markdown
+    from saelab.evals.toy_suite import ToySuiteConfig, toy_suite
+
+    config = configs.from_mapping(ToySuiteConfig, mapping)
+    if print_config:
+        print(configs.to_toml(config), end="")
+        return
+    if out is not None:
+        rundir.check_replaceable(out, "eval")
+    with progress_bar("toy") as progress:
+        results = toy_suite(config, progress=progress)
+    result = to_json(results, config)
+    if out is not None:
+        texts = {"md": toy_markdown(results, config), "html": toy_html(results, config)}
+        _publish(out, result, configs.to_mapping(config), {}, texts)
+        say(f"written to {out}; to read: {out / 'report.html'}")
+    if json:
+        emit(result)
+    else:
+        header, rows = as_rows(results)
+        print(table(rows, header=header))
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The result for a terminal: the core's table, then each further section of the report."""
+    from saelab.evals.report import sections
+
+    parts = [as_table(result)]
+    for section in list(sections(result))[2:]:
+        parts.append(section.title.upper())
+        parts += [table(content.rows, header=content.header) for content in section.tables]
+        parts += section.sentences
+    return "\n\n".join(parts)
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -83,3 +183,30 @@ def as_table(result: dict[str, Any]) -> str:
         + f"\n{result['n_tokens']:,} held-out tokens in {result['n_sequences']} sequences, "
         f"{result['n_outliers']} of outlying norm"
     )
+
+
+def _other(path: Path, store: ActivationStore, device: Any) -> Run:
+    """Another SAE, of the same model."""
+    from saelab import rundir
+    from saelab.evals.suite import Run
+    from saelab.sae.io import load_sae
+
+    found = rundir.find(path, "sae")
+    sae = load_sae(found).to(device)
+    if sae.metadata.model_sha256 is not None:
+        store.check_model(sae.metadata.model_sha256)
+    return Run(found, sae)
+
+
+def _publish(
+    out: Path, result: dict[str, Any], config: dict[str, Any], parents: dict[str, Path], reports: dict[str, str]
+) -> None:
+    """The stage directory of an evaluation in the place of an older one: eval.json, and report.* to read."""
+    from saelab import rundir
+
+    with atomic.replacing_directory(out) as folder:
+        writer = rundir.StageWriter.create(folder, stage="eval", config=config, parents=parents)
+        atomic.write_json(folder / rundir.STAGES["eval"], result)
+        for ending, text in reports.items():
+            atomic.write_bytes(folder / f"report.{ending}", text.encode())
+        writer.finish()
