@@ -41,7 +41,7 @@ class Checkpoints:
             save_file(dict(tensors), folder / "state.safetensors")
             digest = atomic.sha256(folder / "state.safetensors")
             atomic.write_json(folder / "state.json", {"step": step, "sha256": digest, **state})
-        self._prune()
+        self.prune()
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, or None before the first.
@@ -76,7 +76,8 @@ class Checkpoints:
         """Steps that have a checkpoint, oldest first."""
         return sorted(int(p.name.removeprefix("step_")) for p in self.directory.glob("step_*") if p.name[5:].isdigit())
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove all checkpoints but the last ones and those to keep."""
         for step in self.steps()[: -self.keep_last]:
             if self.keep_every is None or step % self.keep_every:
                 shutil.rmtree(self.directory / f"step_{step:09d}")

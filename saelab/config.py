@@ -118,6 +118,22 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+def flattened(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names; the inverse of ``merged({}, ...)``."""
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def merged(mapping: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``mapping`` with ``changes`` put in, whose names may be dotted or nested; nothing is shared with ``mapping``."""
+    result: dict[str, Any] = {}
+    for name, value in [*flattened(mapping).items(), *flattened(changes).items()]:
+        _assign(result, name.split("."), value)
+    return result
+
+
 def _assign(mapping: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         mapping = mapping.setdefault(key, {})
@@ -239,4 +255,7 @@ def _toml_lines(config: Any, path: tuple[str, ...]) -> list[str]:
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, dict):  # null stands for what is off, and TOML leaves that out
+        pairs = [f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None]
+        return "{" + ", ".join(pairs) + "}"
     return json.dumps(value, ensure_ascii=False)  # JSON's strings, numbers and booleans are TOML's

@@ -34,6 +34,10 @@ class TrainingError(SaelabError):
     """Training cannot go on, for example after a loss that is not a number."""
 
 
+class DistributedError(SaelabError):
+    """Processes that work together did not find, or have lost, each other."""
+
+
 class Interrupted(SaelabError):
     """The user stopped the work; what was done is saved, and the message says how to continue (exit code 130)."""
 

@@ -84,6 +84,12 @@ _ALL = (
         "1/s",
         "higher",
     ),
+    Metric(
+        "stall_share",
+        "share of the time since the last log line that training waited for data (a timing, not compared on resume)",
+        "share",
+        "lower",
+    ),
     Metric("kl", "KL(clean || edited) of next-token distributions", "nats", "lower"),
     Metric("trigger_logp_rise", "log-probability of the trigger tokens, edited minus clean", "nats", "higher"),
 )
@@ -91,4 +97,4 @@ _ALL = (
 METRICS = {metric.name: metric for metric in _ALL}
 
 #: Names in metrics.jsonl whose values depend on the clock.
-TIMINGS = frozenset({"tokens_per_second"})
+TIMINGS = frozenset({"tokens_per_second", "stall_share"})

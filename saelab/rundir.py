@@ -9,6 +9,9 @@ DONE            written last
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +19,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,12 @@ SCHEMA = 1
 STAGES = {
     "activations": "manifest.json",
     "sae": "cfg.json",
+    "sweep": "sweep.json",
     "eval": "eval.json",
     "index": "index.json",
     "steer": "steer.json",
+    "model": "model.json",
+    "constitution": "constitution.json",
 }
 
 
@@ -80,6 +86,11 @@ class StageWriter:
         """Append one line to metrics.jsonl."""
         atomic.append(self.path / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
 
+    def flush_metrics(self) -> None:
+        """Force the lines so far to the disk."""
+        if (self.path / "metrics.jsonl").exists():
+            atomic.fsync(self.path / "metrics.jsonl")
+
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines after ``step`` and a torn last line, so that a resumed run logs each step once."""
         path = self.path / "metrics.jsonl"
@@ -90,6 +101,38 @@ class StageWriter:
     def finish(self) -> None:
         """Write DONE: from now on readers trust the directory."""
         atomic.write_bytes(self.path / "DONE", b"")
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Within the block no other process may write the stage directory ``path``, on this machine or over NFS.
+
+    The lock is the system's, on a file beside ``path``, and ends with its holder: none is left behind by a kill, so
+    none has to be judged stale. Process and machine stand in the file for the one who is refused.
+
+    Raises:
+        ArtifactError: another process holds it, or the directory is not writable.
+    """
+    file = path.with_name(f"{path.name}.part-writer")
+    with atomic.explained(path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            holder = os.pread(handle, 200, 0).decode("utf-8", "replace") or "another process"
+            raise ArtifactError(f"{path} is being written by {holder}; wait for it, or choose another --out") from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def refuse_taken(path: Path) -> None:
@@ -158,6 +201,22 @@ def find(path: str | os.PathLike[str], stage: str) -> Path:
     return candidates[0]
 
 
+def find_all(path: str | os.PathLike[str], stage: str) -> list[Path]:
+    """The finished directories of ``stage`` at ``path``: itself, or all of that kind in a workspace or a sweep.
+
+    Raises:
+        ArtifactError: no such directory, or none of that kind that is finished.
+    """
+    path = Path(path)
+    if not path.is_dir() or _is_stage(path, stage):
+        return [find(path, stage)]
+    inside = sorted(p for p in path.iterdir() if p.is_dir() and not atomic.is_leftover(p) and _is_stage(p, stage))
+    finished = [p for p in inside if (p / "DONE").exists() or not (p / "run.json").exists()]
+    if inside and not finished:
+        check_done(inside[0])
+    return finished or [find(path, stage)]
+
+
 def check_done(path: Path) -> None:
     """Raise ArtifactError for a stage that was interrupted; directories of other tools have no run.json and pass."""
     if (path / "run.json").exists() and not (path / "DONE").exists():
@@ -165,7 +224,7 @@ def check_done(path: Path) -> None:
         steps = Checkpoints(path / "checkpoints").steps()
         at = f" at step {steps[-1]}" if steps else ""
         cure = f"continue it with: saelab {_verb(stage)} --resume {path}"
-        if stage not in ("activations", "sae"):
+        if stage not in ("activations", "sae", "sweep"):
             cure = f"make it again with: saelab {_verb(stage)}"
         raise ArtifactError(f"{path} is unfinished{at}; {cure}")
 
@@ -301,7 +360,7 @@ def _relative(location: Path, start: Path) -> str:
 
 
 def _verb(stage: str) -> str:
-    return {"activations": "cache", "sae": "train"}.get(stage, stage)
+    return {"activations": "cache", "sae": "train", "sweep": "train"}.get(stage, stage)
 
 
 def _maker(stage: str) -> str:

@@ -183,7 +183,7 @@ def with_adapter(model: nn.Module, settings: LoraSettings) -> Any:
         raise ConfigError(f"lora.layers has {beyond[0]}, but the model has layers 0 to {n_layers - 1}")  # type: ignore[operator]
     chosen = peft.LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=list(settings.targets),
         layers_to_transform=None if settings.layers is None else list(settings.layers),

@@ -33,7 +33,7 @@ def demo(
     steered; both model and text come from the Python package index.
     """
     from saelab.cli import evaluate, explore, features
-    from saelab.evals.reconstruction import EvalConfig
+    from saelab.evals.suite import SuiteConfig
     from saelab.features.index import FeatureIndex
     from saelab.models.demo import demo_model_dir
 
@@ -44,7 +44,7 @@ def demo(
     metrics = _stage(
         "eval",
         "measure it on held-out text",
-        lambda: evaluate.run_evaluation(out, EvalConfig(tokens=6_000), device=device),
+        lambda: evaluate.run_evaluation(out, SuiteConfig(tokens=6_000), device=device),
     )
     _stage("index", "look at every feature", lambda: _index(out, device))
     built = FeatureIndex.open(out)

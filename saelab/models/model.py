@@ -220,14 +220,20 @@ class Model:
     # --- forward passes
 
     def logits(
-        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
+        self,
+        ids: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"] | None = None,
+        *,
+        with_gradients: bool = False,
     ) -> Float[Tensor, "batch seq d_vocab"]:
         """Next-token logits in float32, under whatever edits are active. ``mask`` is False on padding, on either side.
+
+        ``with_gradients`` lets gradients reach what the edits put in; the weights get none.
 
         Raises:
             ShapeError: no tokens, more than the model's context, or ids outside the vocabulary.
         """
-        return self._forward(ids, mask)[0].float()
+        return self._forward(ids, mask, with_gradients=with_gradients)[0].float()
 
     def capture(
         self, ids: Int[Tensor, "batch seq"], hook_names: Sequence[str], mask: Bool[Tensor, "batch seq"] | None = None
@@ -264,6 +270,7 @@ class Model:
         cache: Any = None,
         *,
         generating: bool = False,
+        with_gradients: bool = False,
     ) -> tuple[Tensor, Any]:
         """Logits and the KV cache (None unless ``generating``); ``mask`` spans the cached tokens too."""
         ids = ids.to(self.device)
@@ -275,7 +282,7 @@ class Model:
             options["attention_mask"] = mask.long()
         if generating and self._takes_logits_to_keep:
             options["logits_to_keep"] = 1  # the unembedding would be most of the work on a long prompt
-        with self.lock, torch.no_grad():
+        with self.lock, torch.set_grad_enabled(with_gradients):
             self._keep = behind_first(mask) if editable is None else editable.to(self.device)
             try:
                 return self.bridge(ids, return_type="logits_and_cache", **options)

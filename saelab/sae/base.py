@@ -210,9 +210,7 @@ class SAE(nn.Module):
         Raises:
             ConfigError: the architecture is for inference only.
         """
-        raise ConfigError(
-            f"an SAE of architecture {self.cfg.arch!r} is for inference only; train one of relu, topk, batchtopk"
-        )
+        raise ConfigError(f"an SAE of architecture {self.cfg.arch!r} is for inference only; train another")
 
     def training_gradient(
         self,
@@ -224,6 +222,11 @@ class SAE(nn.Module):
         """The losses of ``training_loss`` with their gradient, computed without autograd and without [d_sae, d_in]
         tensors. None for an architecture whose gradient is dense, so that there is nothing to gain."""
         return None
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """Factors on the learning rate of parameters that need another step than the weights, by name."""
+        return {}
 
     @property
     def layer(self) -> Layer:

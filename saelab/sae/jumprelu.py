@@ -17,6 +17,7 @@ cannot move far. The comparison is strict: a pre-activation equal to the thresho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -104,14 +105,19 @@ class JumpReLUConfig:
 
 
 class JumpReLU(SAE):
-    """Gemma Scope trains it with Adam's betas (0, 0.999) and a learning rate of 7e-5 for inputs of norm 1, in which
-    units thresholds and biases move sqrt(d_in) times as far for each step as they do here."""
+    """Gemma Scope trains it with Adam's betas (0, 0.999) and a learning rate of 7e-5."""
 
     cfg: JumpReLUConfig
 
     def __init__(self, cfg: JumpReLUConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(cfg, d_in, generator=generator)
         self.threshold = nn.Parameter(torch.full((cfg.d_sae,), cfg.first_threshold))
+
+    @property
+    def lr_factors(self) -> dict[str, float]:
+        """Gemma Scope's inputs have norm 1 and ours sqrt(d_in), so its thresholds move that much farther at a step.
+        Without the factor a short run hardly leaves the first threshold."""
+        return {"threshold": math.sqrt(self.d_in)}
 
     def training_loss(
         self,

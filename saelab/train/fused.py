@@ -22,7 +22,7 @@ def fused_step_(
     for state in states.values():
         state["step"] += 1
     n_steps = int(states["W_enc"]["step"])
-    settings = AdamSettings(lr=lr, step=n_steps, betas=config.betas, clip_norm=config.clip_norm)
+    settings = AdamSettings(lr=lr, step=n_steps, betas=config.betas, clip_norm=config.norm_limit(sae.d_in))
     means = Layer(**{name: state["exp_avg"] for name, state in states.items()})
     squares = Layer(**{name: state["exp_avg_sq"] for name, state in states.items()})
     return feature_step(sae.layer, means, squares, sparse, settings)

@@ -42,6 +42,11 @@ class Normaliser:
         scale = self.scale if isinstance(self.scale, float) else self.scale[:, None]
         return (acts - self.mean) * scale
 
+    def inverse(self, acts: Float[Tensor, "batch *slots d_in"]) -> Float[Tensor, "batch *slots d_in"]:
+        """From normalised activations back to raw ones."""
+        scale = self.scale if isinstance(self.scale, float) else self.scale[:, None]
+        return acts / scale + self.mean
+
     def to(self, device: str | torch.device) -> Normaliser:
         scale = self.scale if isinstance(self.scale, float) else self.scale.to(device)
         return replace(self, mean=self.mean.to(device), scale=scale)

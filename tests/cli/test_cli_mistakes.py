@@ -146,7 +146,9 @@ def test_an_existing_run_is_not_overwritten(workspace: Path, cache_arguments: li
 
 
 def test_resume_takes_no_other_settings(workspace: Path):
-    assert "leave out the other settings" in refused("train", "--resume", workspace / "sae", "--k", 3)
+    assert "leave out the other settings" in refused("train", workspace, "--resume", workspace / "sae")
+    asked = refused("train", "--resume", workspace / "sae", "--k", 3, "--set", "optim.lr=0.5")
+    assert "was begun with sae.k = 4, but sae.k = 3 is asked for now" in asked or "optim.lr = 0.5" in asked
     assert "there is nothing to resume" in refused("train", "--resume", workspace / "sae")
 
 

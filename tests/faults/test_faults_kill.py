@@ -22,9 +22,9 @@ def contents(path: Path) -> dict[str, str]:
     hashes = {}
     for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "env.json"):
         name = str(file.relative_to(path))
-        if name == "metrics.jsonl":
+        if file.name == "metrics.jsonl":
             hashes[name] = json.dumps(
-                [{k: v for k, v in line.items() if k not in TIMINGS} for line in rundir.read_metrics(path)]
+                [{k: v for k, v in line.items() if k not in TIMINGS} for line in rundir.read_metrics(file.parent)]
             )
         else:
             hashes[name] = atomic.sha256(file)
@@ -108,6 +108,48 @@ def test_killing_capture_three_times_changes_nothing(tiny_model_dir: Path, text_
 
 def test_killing_training_three_times_changes_nothing(activations: Path, tmp_path: Path):
     killed_equals_whole(tmp_path, 3, train_command(activations))
+
+
+GRID = """
+tokens = 20_480
+batch_size = 256
+checkpoint_every = 15
+log_every = 3
+[[grid]]
+sae = { arch = "batchtopk", d_sae = 96, k = 4 }
+ema_decay = 0.99
+[[grid]]
+sae = { arch = "relu", d_sae = 96, l1_coefficient = 0.1 }
+target_l0 = 6.0
+[[grid]]
+sae = { arch = "jumprelu", d_sae = 96 }
+target_l0 = 6.0
+ema_decay = 0.99
+[[grid]]
+sae = { arch = "matryoshka", d_sae = 96, k = 4 }
+seed = 1
+"""
+
+
+@pytest.fixture
+def sweep_command(activations: Path, tmp_path: Path) -> list[object]:
+    """Everything that a checkpoint may hold: the average, the controller, thresholds, random prefixes; two streams."""
+    file = tmp_path / "grid.toml"
+    file.write_text(GRID)
+    return ["train", activations, "--sweep", file]
+
+
+def test_killing_a_sweep_twice_changes_nothing(sweep_command: list[object], tmp_path: Path):
+    killed_equals_whole(tmp_path, 2, sweep_command)
+    for name in ("batchtopk", "relu", "jumprelu", "matryoshka"):
+        assert (tmp_path / "out" / name / "DONE").exists()
+        steps = [line["step"] for line in rundir.read_metrics(tmp_path / "out" / name)]
+        assert steps == [*range(3, 80, 3), 80]
+
+
+@pytest.mark.slow
+def test_killing_a_sweep_twenty_times_changes_nothing(sweep_command: list[object], tmp_path: Path):
+    killed_equals_whole(tmp_path, 20, sweep_command)
 
 
 def test_killing_an_indexing_twice_changes_nothing(activations: Path, tmp_path: Path):

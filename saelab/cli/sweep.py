@@ -1,0 +1,139 @@
+"""saelab train --sweep: many SAEs from one file of settings and one reading of the activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saelab.cli.console import emit, human_bytes, need_memory, progress_bar, say, table
+from saelab.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from saelab.activations.store import ActivationStore
+    from saelab.train.config import TrainConfig
+    from saelab.train.sweep import Comparison, Stream
+
+
+def start_sweep(
+    file: Path,
+    flags: dict[str, Any],
+    store: ActivationStore | None,
+    second: ActivationStore | None,
+    out: Path | None,
+    *,
+    expansion: float | None,
+    refused: bool,
+    device: str | None,
+    json: bool,
+) -> None:
+    """Read the grid, refuse what does not go with it, and train."""
+    from saelab import config as configs
+    from saelab import rundir
+    from saelab.cli.train import with_defaults
+    from saelab.train.sweep import members_of, read_grid
+
+    if refused:
+        raise ConfigError(f"--sweep takes its settings from {file}; leave out --config, --live and --print-config")
+    if store is None:
+        raise ConfigError("a sweep needs activations; make some with saelab cache, which captures several --hook")
+    base, blocks = read_grid(configs.read_mapping(file))
+    if expansion is not None:
+        flags["expansion"] = expansion
+    for name in configs.flattened(flags):
+        if any(name in configs.flattened(block) for block in blocks):
+            raise ConfigError(f"{name} is set on the command line and by a [[grid]] block of {file}; take one out")
+
+    def resolve(mapping: dict[str, Any]) -> TrainConfig:
+        return with_defaults(mapping, store, _expansion(mapping.pop("expansion", None)))
+
+    members = members_of(configs.merged(base, flags), blocks, resolve)
+    out = out or store.path.parent / "sweep"
+    rundir.refuse_taken(out)
+    run_sweep(members, store, out, device=device, second=second, json=json)
+
+
+def _expansion(value: Any) -> float | None:
+    """The width as a multiple of the input's, from a file."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"expansion must be a number, got {value!r}; 8 is usual")
+    return float(value)
+
+
+def run_sweep(
+    members: Mapping[str, TrainConfig] | None,
+    store: ActivationStore,
+    out: Path,
+    *,
+    device: str | None,
+    second: ActivationStore | None,
+    json: bool,
+) -> None:
+    """Train ``members`` (None: those that were begun in ``out``), and print how they compare.
+
+    Raises:
+        TrainingError: some of them failed; the others are finished all the same.
+    """
+    from saelab import dist, rundir
+    from saelab.cli.train import gamma_of, source_of, verified
+    from saelab.models.load import checked_device
+    from saelab.train.loop import memory_bytes
+    from saelab.train.sources import batches_of, metadata_of
+    from saelab.train.sweep import Stream, begin, begun, streams_of, train_sweep
+
+    dist.refuse_several("--sweep")
+    device = checked_device(device)
+    parents = verified(store, second)
+    resume = members is None
+    members = begun(out) if members is None else members
+    groups = streams_of(members)
+    d_in = store.d_in(store.hook_names[0])
+    n_bytes = max(sum(memory_bytes(config, d_in) for config in group.values()) for group in groups)
+    if device == "cpu":
+        need_memory(n_bytes)
+
+    def open_stream(settings: TrainConfig) -> Stream:
+        batches = batches_of(settings, store, second)
+        say(
+            f"stream: {metadata_of(settings, store, second).hook_name}, seed {settings.seed}, batches of "
+            f"{settings.batch_size} ({source_of(batches, settings.tokens)}, "
+            f"gamma {gamma_of(batches.statistics(settings.stats_tokens)):.2f})"
+        )
+        n_held_out = len(store.rows("held_out")) * (store.context - 1)
+        held_out = None
+        if n_held_out:
+            few = replace(settings, batch_size=min(1024, n_held_out), outlier_factor=None)
+            held_out = batches_of(few, store, second, split="held_out")
+        return Stream(batches, metadata_of(settings, store, second), held_out)
+
+    kinds = ", ".join(dict.fromkeys(config.sae.arch for config in members.values()))
+    say(
+        f"plan: {len(members)} SAEs ({kinds}) in {out}, fed by {len(groups)} streams one after the other ({device}); "
+        f"up to {human_bytes(n_bytes)} of memory at a time"
+    )
+    with rundir.only_writer(out):
+        run = rundir.StageWriter.resume(out, stage="sweep") if resume else begin(out, members, parents=parents)
+        with progress_bar("train") as progress:
+            rows = train_sweep(run, members, open_stream, parents=parents, device=device, progress=progress)
+    _report_sweep(out, rows, json=json)
+
+
+def _report_sweep(out: Path, rows: list[Comparison], *, json: bool) -> None:
+    numbers = ("d_sae", "l0", "reconstruction", "loss", "n_dead", "decoder_projection")
+    if json:
+        emit({"path": str(out), "members": [row._asdict() for row in rows]})
+    else:
+        lines = [[row.name, *(_short(getattr(row, name)) for name in numbers)] for row in rows]
+        print(table(lines, header=["SAE", *numbers]))
+    failed = [row for row in rows if row.state != "finished"]
+    if failed:
+        names = ", ".join(row.name for row in failed)
+        raise TrainingError(f"{len(failed)} of {len(rows)} SAEs in {out} failed ({names}): {failed[0].state}")
+    say(f"trained {len(rows)} SAEs in {out}; next: saelab eval {out}/{rows[0].name}")
+
+
+def _short(value: float | int | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
