@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from saelab.cli import cache, demo, evaluate, explore, features, index, show, steer, train
+from saelab.cli import align, cache, convert, demo, doctor, evaluate, explore, features, index, plan, show, steer, train
 from saelab.errors import Interrupted, SaelabError
 
 app = typer.Typer(
@@ -29,10 +29,14 @@ VERBS: dict[str, Callable[..., None]] = {
     "features": features.features,
     "steer": steer.steer,
     "explore": explore.explore,
+    "doctor": doctor.doctor,
+    "plan": plan.plan,
+    "convert": convert.convert,
     "show": show.show,
 }
 for _name, _function in VERBS.items():
     app.command(_name)(_function)
+app.add_typer(align.app, name="align")
 
 
 def main() -> None:

@@ -29,19 +29,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")]
 
 
+def speaks() -> bool:
+    """Whether this process is the one that talks to the user: the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str = "") -> None:
     """A line for the person at the keyboard, on standard error, so that standard output stays data."""
-    print(text, file=sys.stderr, flush=True)
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
 
 
 def emit(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """The result for machines."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), flush=True)
+    if speaks():
+        print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
     """A bar with rate and remaining time; where no one watches (no terminal), a line every tenth of the way."""
+    if not speaks():
+        yield lambda done, total, detail: None
+        return
     if not sys.stderr.isatty():
         yield _Milestones(title)
         return

@@ -16,8 +16,7 @@ from saelab.errors import ConfigError
 
 if TYPE_CHECKING:
     from saelab.activations.store import ActivationStore
-    from saelab.evals.reconstruction import EvalConfig
-    from saelab.evals.suite import Run
+    from saelab.evals.suite import Run, SuiteConfig
 
 SUITES = ("core", "full", "toy")
 
@@ -100,7 +99,7 @@ def evaluate(
 
 def run_evaluation(
     run: Path,
-    settings: EvalConfig,
+    config: SuiteConfig,
     *,
     against: Sequence[Path] = (),
     activations: Path | None = None,
@@ -112,9 +111,8 @@ def run_evaluation(
     from saelab import rundir
     from saelab.evals.kept import KeptPieces
     from saelab.evals.report import html, markdown
-    from saelab.evals.suite import Run, SuiteConfig, content, run_suite
+    from saelab.evals.suite import Run, content, run_suite
 
-    config = settings if isinstance(settings, SuiteConfig) else SuiteConfig(**vars(settings))
     sae_path = rundir.find(run, "sae")
     out = out or sae_path.parent / "eval"
     rundir.check_replaceable(out, "eval")

@@ -103,9 +103,9 @@ class Trial(NamedTuple):
     hook_name: str
     explained_variance: float
     ratio: float
-    """Unexplained variance as given, divided by that of this reading: above 1 this one is better. Each is first divided
-    by what as many principal components as features are active leave, because layers differ in how much there is to
-    explain, and a larger input explains more of it only by activating more features."""
+    """Unexplained variance as given, divided by that of this reading: above 1 this one is better. Where it
+    is, each is first divided by what as many principal components as features are active leave, because layers differ
+    in how much there is to explain, and a larger input may explain more of it only by activating more features."""
 
 
 class FirstPosition(NamedTuple):
@@ -180,7 +180,7 @@ def examine(
     def tried(reading: Reading, hook_name: str, inputs: Tensor, outputs: Tensor) -> Trial:
         found = fit_between(outputs, reconstructed(reading, sae, inputs))
         ratio = unexplained / max(found.unexplained, 1e-9)
-        if ratio > 1 or reading.kind == "hook":
+        if ratio > 1:
             active = max(1, round(active_features(reading, sae, inputs)))
             ratio *= residual_share(outputs, rank=active) / left_by_pca
         return Trial(reading, hook_name, found.explained_variance, ratio)

@@ -62,9 +62,8 @@ def test_what_cannot_be_examined_is_refused_in_a_sentence(asked: list, tmp_path:
 
 
 def test_a_plan_for_activations_that_are_there(workspace: Path):
-    result = saelab(
-        "plan", workspace, "--k", 4, "--expansion", 4, "--tokens", 40_000, "--set", "batch_size=500", "--json"
-    )
+    shape = ["--k", 4, "--expansion", 4, "--tokens", 40_000, "--set", "batch_size=500", "--json"]
+    result = saelab("plan", workspace, *shape)
     assert result.code == 0, result.err
     (plan,) = json.loads(result.out)["plans"]
     assert (plan["n_tokens"], plan["n_steps"]) == (40_000, 80)

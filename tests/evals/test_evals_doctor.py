@@ -140,21 +140,21 @@ def store(tiny_model, tiny_model_dir: Path, text_file: Path, tmp_path_factory: p
 
 @pytest.fixture(scope="module")
 def topk(store: ActivationStore) -> SAE:
-    return trained(store, HOOK, TopKConfig(d_sae=128, k=6), tokens=120_000)
+    return trained(store, HOOK, TopKConfig(d_sae=128, k=6), tokens=90_000)
 
 
 @pytest.fixture(scope="module")
 def relu(store: ActivationStore) -> SAE:
-    return trained(store, HOOK, ReLUConfig(d_sae=96, l1_coefficient=3.0), tokens=120_000)
+    return trained(store, HOOK, ReLUConfig(d_sae=96, l1_coefficient=3.0), tokens=90_000)
 
 
 @pytest.fixture(scope="module")
 def square(store: ActivationStore) -> SAE:
-    return trained(store, HOOK, TopKConfig(d_sae=32, k=8), tokens=120_000)
+    return trained(store, HOOK, TopKConfig(d_sae=32, k=8), tokens=90_000)
 
 
 def test_good_saes_fit(tiny_model, store, topk: SAE, relu: SAE, square: SAE, config: ScanConfig):
-    mlp = trained(store, "blocks.2.hook_mlp_out", BatchTopKConfig(d_sae=128, k=6), tokens=120_000)
+    mlp = trained(store, "blocks.2.hook_mlp_out", BatchTopKConfig(d_sae=128, k=6), tokens=90_000)
     for sae in (topk, relu, square, mlp):
         diagnosis = diagnose(sae, tiny_model, config)
         assert diagnosis.fits, (sae.cfg, diagnosis.sentence)
