@@ -7,8 +7,13 @@ PORT   ?= 8501
 # Without a GPU pip must be told which torch to take, or it fetches gigabytes of CUDA; constraints.txt does that.
 STAMP  := $(VENV)/.installed
 
-# Triton decides at its import whether kernels are interpreted, so these tests have a process of their own.
-INTERPRETED_TESTS = TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "fused and not gpu and not slow" tests/kernels
+# Tests run in JOBS processes of one thread each; those in a browser, which look at times, alone.
+JOBS   ?= 2
+SHARED  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+QUICK   = not slow and not gpu and not fused and not peer and not network and not real
+
+# Triton decides at its import whether kernels are interpreted, so these tests have processes of their own.
+INTERPRETED_TESTS = TRITON_INTERPRET=1 $(SHARED) -m "fused and not gpu and not slow" tests/kernels
 
 .PHONY: demo test test-kernels test-gpu test-slow test-real test-browser test-peer check bench bench-peers clean
 
@@ -16,7 +21,8 @@ demo: $(STAMP)
 	$(BIN)/saelab demo --out runs/demo --port $(PORT) $(if $(filter 0,$(SERVE)),--no-serve)
 
 test: $(STAMP)
-	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "not slow and not gpu and not fused and not peer and not network and not real"
+	SAELAB_FETCH_DEMO=1 $(SHARED) -m "$(QUICK) and not browser"
+	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "$(QUICK) and browser"
 	$(INTERPRETED_TESTS)
 
 # Triton kernels without a GPU: run by the interpreter, and compiled for two GPUs
@@ -29,7 +35,7 @@ test-gpu:
 	$(PYTHON) -m pytest -o addopts="--strict-markers -ra" -m "gpu or fused" tests/kernels
 
 test-slow: $(STAMP)
-	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "slow and not gpu and not fused"
+	SAELAB_FETCH_DEMO=1 $(SHARED) -m "slow and not gpu and not fused"
 
 test-real: $(STAMP)
 	$(BIN)/python -m pytest -m "real" -s
@@ -50,7 +56,6 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks all --device cpu
 
 bench-peers: .venv-peer/.installed
-	.venv-peer/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements.txt
 
 clean:
 	rm -rf $(VENV) .venv-peer .pytest_cache .mypy_cache .ruff_cache
@@ -66,4 +71,5 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-peer
 	.venv-peer/bin/python -m pip install --quiet --constraint constraints.txt torch
 	.venv-peer/bin/python -m pip install --quiet 'sae-lens==6.54.*'
+	.venv-peer/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements.txt
 	touch $@

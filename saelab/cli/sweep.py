@@ -80,7 +80,7 @@ def run_sweep(
     from saelab import dist, rundir
     from saelab.cli.train import gamma_of, source_of, verified
     from saelab.models.load import checked_device
-    from saelab.train.loop import memory_bytes
+    from saelab.train.plan import memory_bytes_together
     from saelab.train.sources import batches_of, metadata_of
     from saelab.train.sweep import Stream, begin, begun, streams_of, train_sweep
 
@@ -91,7 +91,7 @@ def run_sweep(
     members = begun(out) if members is None else members
     groups = streams_of(members)
     d_in = store.d_in(store.hook_names[0])
-    n_bytes = max(sum(memory_bytes(config, d_in) for config in group.values()) for group in groups)
+    n_bytes = max(memory_bytes_together(group.values(), d_in) for group in groups)
     if device == "cpu":
         need_memory(n_bytes)
 
@@ -111,7 +111,7 @@ def run_sweep(
 
     kinds = ", ".join(dict.fromkeys(config.sae.arch for config in members.values()))
     say(
-        f"plan: {len(members)} SAEs ({kinds}) in {out}, fed by {len(groups)} streams one after the other ({device}); "
+        f"plan: {len(members)} SAEs ({kinds}) in {out}, in {len(groups)} passes over the activations ({device}); "
         f"up to {human_bytes(n_bytes)} of memory at a time"
     )
     with rundir.only_writer(out):

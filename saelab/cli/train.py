@@ -247,8 +247,9 @@ def _train_in(
     from saelab import rundir
     from saelab.activations.loader import LiveBatches
     from saelab.models.load import checked_device, load_model
-    from saelab.train.loop import memory_bytes, train_sae
+    from saelab.train.loop import train_sae
     from saelab.train.parallel import check_divisible, portion, stage_of
+    from saelab.train.plan import memory_bytes
     from saelab.train.provenance import of_live_capture
     from saelab.train.sharded import layout_of
     from saelab.train.sources import batches_of, metadata_of, the_hook

@@ -24,7 +24,7 @@ def recovery(
     true_directions: Float[Tensor, "n_features d"],
     decoder: Float[Tensor, "d_sae d"],
     fires: Bool[Tensor, "tokens n_features"],
-    found: Bool[Tensor, "tokens d_sae"],
+    found: Bool[Tensor, "found_tokens d_sae"],
     *,
     signed: bool = False,
 ) -> Recovery:

@@ -243,9 +243,3 @@ class _Session:
 def _detail(sessions: Sequence[_Session]) -> str:
     losses = [session.loss for session in sessions]
     return f"loss {losses[0]:.3f}" if len(losses) == 1 else f"loss {min(losses):.3f} to {max(losses):.3f}"
-
-
-def memory_bytes(config: TrainConfig, d_in: int) -> int:
-    """What weights, gradients and Adam's two moments take in float32."""
-    n_parameters = 2 * d_in * config.sae.d_sae + d_in + config.sae.d_sae
-    return 16 * n_parameters

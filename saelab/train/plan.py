@@ -20,7 +20,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -187,6 +187,12 @@ def memory_bytes(config: TrainConfig, d_in: int) -> int:
     return sum(part.n_bytes for part in training_memory(config, d_in))
 
 
+def memory_bytes_together(configs: Iterable[TrainConfig], d_in: int) -> int:
+    """Peak memory of a process that trains all of ``configs`` at once: its libraries count once."""
+    process = PROCESS_BYTES + LIBRARY_BYTES
+    return process + sum(memory_bytes(config, d_in) - process for config in configs)
+
+
 def training_memory(
     config: TrainConfig,
     d_in: int,
@@ -238,7 +244,7 @@ def training_disk(config: TrainConfig, d_in: int) -> tuple[Part, ...]:
     saved = range(config.checkpoint_every, config.n_steps + 1, config.checkpoint_every)
     kept = {*saved[-2:], *(step for step in saved if config.keep_every and step % config.keep_every == 0)}
     return (
-        Part(f"{len(kept)} checkpoints", len(kept) * checkpoint),
+        *((Part(f"{len(kept)} checkpoints", len(kept) * checkpoint),) if kept else ()),
         Part("the SAE", weights + _FLOAT * sae.d_sae + 4096),
         Part("metrics", _METRICS_LINE_BYTES * -(-config.n_steps // config.log_every)),
     )

@@ -11,7 +11,7 @@ from saelab.sae.architectures import new_sae
 from saelab.sae.batchtopk import BatchTopKConfig
 from saelab.sae.crosscoder import CrosscoderConfig, relative_decoder_norms
 from saelab.sae.relu import ReLUConfig
-from saelab.train.optim import OptimConfig, adam
+from saelab.train.optim import OptimConfig, adam, set_lr_
 from saelab_kernels.revive import packed
 
 D_IN, D_SAE = 12, 200
@@ -179,7 +179,7 @@ def step_(sae, optimizer, acts, **arguments) -> None:
     sae.training_loss(acts, **arguments).total.backward()
     sae.project_decoder_grad_()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-    optimizer.param_groups[0]["lr"] = 1e-2
+    set_lr_(optimizer, 1e-2)
     optimizer.step()
     optimizer.zero_grad()
     sae.normalise_decoder_()

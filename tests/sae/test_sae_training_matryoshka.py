@@ -14,7 +14,7 @@ from saelab.sae.batchtopk import BatchTopKConfig
 from saelab.sae.jumprelu import JumpReLU
 from saelab.sae.matryoshka import MatryoshkaConfig, random_prefix_ends
 from saelab.train.fused import fused_step_
-from saelab.train.optim import OptimConfig, adam
+from saelab.train.optim import OptimConfig, adam, set_lr_
 from saelab_kernels.revive import packed
 from saelab_kernels.step import reference as step_reference
 
@@ -82,7 +82,7 @@ def test_with_one_prefix_it_is_batchtopk_bit_for_bit():
                 fused_step_(sae, optimizer, gradient.sparse, OptimConfig(), lr=1e-3)
             else:
                 sae.training_loss(acts, dead=DEAD).total.backward()
-                optimizer.param_groups[0]["lr"] = 1e-3
+                set_lr_(optimizer, 1e-3)
                 optimizer.step()
                 optimizer.zero_grad()
         for name, tensor in theirs.state_dict().items():
@@ -199,7 +199,7 @@ def trained_on_families(group_shares: tuple[float, ...]):
         acts = directions[20 + child % 4] + directions[child]
         sae.training_loss(acts, progress=step / 199).total.backward()
         sae.project_decoder_grad_()
-        optimizer.param_groups[0]["lr"] = 1e-2
+        set_lr_(optimizer, 1e-2)
         optimizer.step()
         optimizer.zero_grad()
         sae.normalise_decoder_()

@@ -12,7 +12,7 @@ from saelab.sae.architectures import new_sae
 from saelab.sae.base import Metadata
 from saelab.sae.topk import TopKConfig
 from saelab.sae.transcoder import TranscoderConfig
-from saelab.train.optim import OptimConfig, adam
+from saelab.train.optim import OptimConfig, adam, set_lr_
 from saelab_kernels.revive import packed
 
 D_IN, D_SAE = 12, 200
@@ -245,7 +245,7 @@ def test_training_learns_a_layer(config):
         losses = sae.training_loss(torch.stack([inputs, target], 1), progress=step / 199)
         losses.total.backward()
         sae.project_decoder_grad_()
-        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, (200 - step) / 70)
+        set_lr_(optimizer, 1e-2 * min(1.0, (200 - step) / 70))
         optimizer.step()
         optimizer.zero_grad()
         sae.normalise_decoder_()

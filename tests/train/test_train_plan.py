@@ -25,6 +25,7 @@ from saelab.train.plan import (
     measured_model,
     measured_step,
     memory_bytes,
+    memory_bytes_together,
     plan_capture,
     plan_training,
     text_size,
@@ -209,3 +210,10 @@ def test_a_shape_larger_than_the_machine_is_refused_before_it_is_tried(store: Ac
     config = TrainConfig(sae=TopKConfig(d_sae=10**9, k=32), tokens=100_000, batch_size=1000)
     with pytest.raises(ConfigError, match="of memory, but the machine has"):
         _refuse_too_large(plan_training(config, 4096))
+
+
+def test_several_trainings_in_one_process_count_its_libraries_once():
+    config = TrainConfig(sae=TopKConfig(d_sae=64, k=4), tokens=2048)
+    alone = memory_bytes(config, 16)
+    assert memory_bytes_together([config], 16) == alone
+    assert alone < memory_bytes_together([config, config], 16) < 2 * alone

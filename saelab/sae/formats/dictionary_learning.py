@@ -170,7 +170,7 @@ def _class_of(path: Path, file: Path, trainer: dict[str, Any], tensors: dict[str
             names = " or ".join(fitting) or "none of " + ", ".join(_CLASSES)
             raise ArtifactError(f"{file} may be of the class {names}; put its config.json, which says which, beside it")
         return fitting[0]
-    if told not in _CLASSES:
+    if not isinstance(told, str) or told not in _CLASSES:
         raise ArtifactError(f"{path} has dict_class {shown(told)}, which is not read; {nearest(str(told), _CLASSES)}")
     if told == "AutoEncoder" and fitting == ["AutoEncoderNew"]:
         return "AutoEncoderNew"  # the trainers write the one name for both

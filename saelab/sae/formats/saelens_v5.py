@@ -53,7 +53,7 @@ def upgraded(content: dict[str, Any], path: Path) -> tuple[dict[str, Any], tuple
     Raises:
         ArtifactError: the settings mix both versions, or ask for a function that version 6 has no place for.
     """
-    version = str(_version(content) or "before 6")[:20]
+    version = " ".join(str(_version(content) or "before 6").split())[:20]
     if "metadata" in content:
         raise ArtifactError(
             f"{path} is in the layout of SAELens {version}, yet has the table of metadata of version 6; "
