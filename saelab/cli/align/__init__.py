@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from saelab.cli.align import cai, dpo, organism, overopt, ppo, resume, reward, rloo, sft
+from saelab.cli.align import cai, dpo, organism, overopt, resume, rewarded, supervised
 
 app = typer.Typer(
     help="Train a model on demonstrations, preferences and rewards: SFT, DPO and its relatives, PPO, RLOO, GRPO, CAI.",
@@ -14,11 +14,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 VERBS: dict[str, Callable[..., None]] = {
-    "sft": sft.sft,
-    "reward": reward.reward,
+    "sft": supervised.sft,
+    "reward": supervised.reward,
     "dpo": dpo.dpo,
-    "ppo": ppo.ppo,
-    "rloo": rloo.rloo,
+    "ppo": rewarded.ppo,
+    "rloo": rewarded.rloo,
     "cai": cai.cai,
     "review": cai.review,
     "organism": organism.organism,

@@ -43,7 +43,7 @@ def dpo(
     print_config: PrintConfig = False,
     json: AsJson = False,
 ) -> None:
-    """Train on preferences directly: DPO, IPO, KTO's relatives, SimPO, CPO and mixes of them.
+    """Train on preferences directly: DPO, IPO, SimPO, CPO, other relatives and mixes of them.
 
     Records hold prompt, chosen and rejected. Measured by the order of held-out pairs.
     """
