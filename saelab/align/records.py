@@ -127,17 +127,20 @@ def read_demonstrations(source: str | os.PathLike[str]) -> Reading[Demonstration
 
 
 def read_questions(source: str | os.PathLike[str]) -> Reading[Question]:
-    """Records with a prompt; what else they hold is not read."""
-    return _read(source, lambda row: Question(prompt=_prompt(_field(row, "prompt"))))
+    """Records with a prompt, or lines that are one; what else they hold is not read."""
+    return _read(source, lambda row: Question(prompt=_prompt_of(row)), plain_text="prompt")
 
 
 class _Fault(Exception):
     """A record that cannot be used; its text is the reason."""
 
 
-def _read(source: str | os.PathLike[str], parse: Any) -> Reading[Any]:
+def _read(source: str | os.PathLike[str], parse: Any, *, plain_text: str | None = None) -> Reading[Any]:
+    """With ``plain_text`` a row may be a string, which is then the field of that name."""
     records, lines, faults = [], [], []
     for line, row in rows_of(source):
+        if plain_text and isinstance(row, str):
+            row = {plain_text: row}
         try:
             if not isinstance(row, Mapping):
                 raise _Fault(f"it is {json.dumps(row)[:60]}, not an object with named fields")
@@ -229,7 +232,7 @@ def _rows_of_hub(name: str) -> Iterator[tuple[int, Any]]:
 def _preference(row: Mapping[str, Any]) -> Preference:
     chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
     if _given(row, "prompt"):
-        prompt = _prompt(_field(row, "prompt"))
+        prompt = _prompt_of(row)
         record = Preference(prompt=prompt, chosen=_answer(chosen, "chosen"), rejected=_answer(rejected, "rejected"))
     else:
         record = _from_transcripts(_turns(chosen, "chosen"), _turns(rejected, "rejected"))
@@ -256,7 +259,7 @@ def _labelled(row: Mapping[str, Any]) -> Labelled:
     if label not in (True, False):
         raise _Fault(f"label is {label!r}, but must be true or false")
     return Labelled(
-        prompt=_prompt(_field(row, "prompt")),
+        prompt=_prompt_of(row),
         completion=_answer(_field(row, "completion"), "completion"),
         label=bool(label),
     )
@@ -268,9 +271,7 @@ def _demonstration(row: Mapping[str, Any]) -> Demonstration:
         if turns[-1].role != "assistant" or len(turns) < 2:
             raise _Fault("messages must end with the assistant's answer to an earlier turn")
         return Demonstration(prompt=turns[:-1], completion=_nonempty(turns[-1].content, "messages"))
-    return Demonstration(
-        prompt=_prompt(_field(row, "prompt")), completion=_answer(_field(row, "completion"), "completion")
-    )
+    return Demonstration(prompt=_prompt_of(row), completion=_answer(_field(row, "completion"), "completion"))
 
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
@@ -278,6 +279,14 @@ def _field(row: Mapping[str, Any], name: str) -> Any:
         if row.get(synonym) is not None:
             return row[synonym]
     raise _Fault(f"it has no {name}, only {', '.join(map(str, row)) or 'nothing'}")
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a record; an instruction may have the material that it is about in a field of its own."""
+    prompt, material = _prompt(_field(row, "prompt")), row.get("input")
+    if isinstance(prompt, str) and "instruction" in row and isinstance(material, str) and material.strip():
+        return f"{prompt}\n\n{material}"
+    return prompt
 
 
 def _given(row: Mapping[str, Any], name: str) -> bool:

@@ -118,6 +118,20 @@ def test_other_kinds_of_record(tmp_path):
     assert read_questions(written(tmp_path / "q.jsonl", rows[:1])).required()[0].prompt == "a"
 
 
+def test_an_instruction_keeps_the_material_that_it_is_about(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Add 1 and 2.", "input": "", "output": "3"},
+    ]
+    first, second = read_demonstrations(written(tmp_path / "d.jsonl", rows)).required()
+    assert (first.prompt, second.prompt) == ("Add.\n\n1 2", "Add 1 and 2.")
+
+
+def test_lines_that_are_prompts_are_read_as_such(tmp_path):
+    [first, second] = read_questions(written(tmp_path / "q.jsonl", ["Why?", {"prompt": "How?"}])).required()
+    assert (first.prompt, second.prompt) == ("Why?", "How?")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
