@@ -83,6 +83,20 @@ def wait_for_shards(out: Path, n: int) -> None:
         time.sleep(1e-3)
 
 
+def wait_until_shared(out: Path) -> None:
+    """Until another process takes part in the capture; it may have been slow to start."""
+    deadline = time.monotonic() + 60
+    with out.with_name(f"{out.name}.part-claims").open("r+b") as file:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            except OSError:
+                return
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, 0)
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+
+
 def test_three_processes_make_what_one_makes_and_no_shard_twice(
     config_file: Path, whole: dict[str, str], tmp_path: Path
 ):
@@ -155,6 +169,7 @@ def test_helpers_of_a_killed_founder_keep_others_from_resuming(
     helper, founder = Worker(out, config_file, join=True), Worker(out, config_file)
     wait_for_shards(out, 4)
     founder.kill()
+    wait_until_shared(out)
     with pytest.raises(ArtifactError, match="is being written by another process"):
         capture(config, out, model=FakeModel(), resume=True)
     helper.forwards()
