@@ -10,12 +10,12 @@ STAMP  := $(VENV)/.installed
 # Tests run in JOBS processes of one thread each; those in a browser, which look at times, alone.
 JOBS   ?= 2
 SHARED  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
-QUICK   = not slow and not gpu and not fused and not peer and not network and not real
+QUICK   = not slow and not long and not gpu and not fused and not peer and not network and not real
 
 # Triton decides at its import whether kernels are interpreted, so these tests have processes of their own.
-INTERPRETED_TESTS = TRITON_INTERPRET=1 $(SHARED) -m "fused and not gpu and not slow" tests/kernels
+INTERPRETED_TESTS = TRITON_INTERPRET=1 $(SHARED) -m "fused and not gpu and not slow and not long" tests/kernels
 
-.PHONY: demo test test-kernels test-gpu test-slow test-real test-browser test-peer check bench bench-peers clean
+.PHONY: demo test test-kernels test-gpu test-slow test-long test-real test-browser test-peer check bench bench-peers clean
 
 demo: $(STAMP)
 	$(BIN)/saelab demo --out runs/demo --port $(PORT) $(if $(filter 0,$(SERVE)),--no-serve)
@@ -36,6 +36,9 @@ test-gpu:
 
 test-slow: $(STAMP)
 	SAELAB_FETCH_DEMO=1 $(SHARED) -m "slow and not gpu and not fused"
+
+test-long: $(STAMP)
+	SAELAB_FETCH_DEMO=1 $(BIN)/python -m pytest -m "long and not gpu"
 
 test-real: $(STAMP)
 	$(BIN)/python -m pytest -m "real" -s

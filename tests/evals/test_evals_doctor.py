@@ -435,7 +435,7 @@ def of_random_weights(bench: Bench, config: AnyConfig, folder: Path) -> SAE:
     return sae
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.demo
 def test_faults_are_found_and_good_saes_pass_on_the_real_model(bench: Bench, tmp_path: Path):
     good = bench.good

@@ -153,7 +153,7 @@ def test_an_unknown_architecture_is_refused_with_the_nearest():
         ToySuiteConfig(arch=("topkk",))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka"])
 def test_known_features_are_recovered(arch: str):
     """256 true features in 96 dimensions, frequencies falling as the square root, L0 4; an SAE of 320 features."""

@@ -147,7 +147,7 @@ def test_killing_a_sweep_twice_changes_nothing(sweep_command: list[object], tmp_
         assert steps == [*range(3, 80, 3), 80]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killing_a_sweep_twenty_times_changes_nothing(sweep_command: list[object], tmp_path: Path):
     killed_equals_whole(tmp_path, 20, sweep_command)
 

@@ -106,13 +106,13 @@ def test_two_processes_equal_one(float64: None, tmp_path: Path):
     check_two_equal_one(some, tmp_path, n_revived=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one_whatever_the_architecture(float64: None, tmp_path: Path):
     check_two_equal_one(ARCHITECTURES, tmp_path, n_revived=9)
     assert {sae.arch for sae in ARCHITECTURES} == set(DATA_PARALLEL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_equal_one(float64: None, tmp_path: Path):
     alone, expected, _ = trained(dist.ONE_PROCESS, BatchTopKConfig(d_sae=D_SAE, k=K))
     for curve, weights, _ in results(together(4, tmp_path, trained, BatchTopKConfig(d_sae=D_SAE, k=K))):
@@ -397,7 +397,7 @@ def store_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder / "store"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("shards", [1, 2])
 def test_under_torchrun_a_killed_worker_ends_the_run_which_then_resumes(store_dir: Path, tmp_path: Path, shards: int):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

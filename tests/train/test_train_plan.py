@@ -165,7 +165,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arch", "d_sae", "settings"),
     [
@@ -192,7 +192,7 @@ def test_memory_and_disk_of_a_training_are_foreseen(store, tmp_path: Path, arch:
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_a_capture_is_foreseen(model_dir: Path, text_file: Path, tmp_path: Path):
     out = tmp_path / "activations"
     arguments = ["--model", model_dir, "--text", text_file, "--hook", HOOK, "--tokens", 80_000]

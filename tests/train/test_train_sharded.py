@@ -100,7 +100,7 @@ def test_two_shards_equal_one_process_uneven_ones_too(float64: None, tmp_path: P
             check_equal(one, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("n", "shards"), [(3, 3), (4, 4), (4, 2), (6, 3)])
 def test_more_shards_and_meshes_equal_one_process(float64: None, tmp_path: Path, n: int, shards: int):
     some = WITH_AUX if BATCH % (n // shards) == 0 else []
@@ -209,7 +209,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(tmp_path: Path):
     disturbed_equals_undisturbed(tmp_path, [(7, 0), (23, 1)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_kills_at_random_steps_change_nothing(tmp_path: Path):
     rng = random.Random(0)
     steps = sorted(rng.sample(range(1, 38), 20))
@@ -268,7 +268,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
 
 @pytest.mark.parametrize(
     ("n", "shards"),
-    [(1, 1), (3, 3), (4, 4), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 1), (4, 2)))],
+    [(1, 1), (3, 3), (4, 4), *(pytest.param(*mesh, marks=pytest.mark.long) for mesh in ((2, 1), (4, 2)))],
 )
 def test_a_checkpoint_of_two_shards_continues_on_any_number(
     float64: None, tmp_path: Path, saved: tuple[Path, dict[str, torch.Tensor]], n: int, shards: int
