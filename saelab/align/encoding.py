@@ -195,7 +195,10 @@ class LengthReport:
             return f"{name} {spread[0]} tokens (95 %: {spread[1]}, longest {spread[2]})"
 
         cut = f", {self.n_truncated} cut by the context" if self.n_truncated else ""
-        return f"{self.n_sequences} sequences: {words('prompt', self.prompt)}, {words('answer', self.completion)}{cut}"
+        parts = [words("prompt", self.prompt)]
+        if self.completion[2]:  # questions have no answer yet
+            parts.append(words("answer", self.completion))
+        return f"{self.n_sequences} sequences: {', '.join(parts)}{cut}"
 
 
 def encode_pairs(reading: Reading[Preference], codec: Codec) -> Reading[EncodedPair]:

@@ -12,6 +12,7 @@ from tokenizers_for_tests import CHAT, byte_pairs, words
 
 from saelab.align.encoding import (
     Codec,
+    Encoded,
     LengthReport,
     collate,
     encode_completions,
@@ -248,6 +249,8 @@ def test_the_length_report_counts_what_was_cut(tmp_path):
     assert (report.n_sequences, report.n_truncated) == (3, 1)
     assert report.completion == (3, 5, 5)
     assert "1 cut by the context" in str(report)
+    assert "answer" in str(report)
+    assert "answer" not in str(LengthReport.of([Encoded((1, 2), (), truncated=False)]))
 
 
 def test_a_batch_can_be_taken_apart_again():
