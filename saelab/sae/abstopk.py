@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.sae.auxk import check_settings, revival_loss
-from saelab.sae.base import SAE, SAELoss, SparseActs, SparseCodes
-from saelab_kernels import Autoencoded, autoencode_topk, encode_topk, sparse_decode
+from saelab.sae.auxk import check_settings, n_revived, revival_loss
+from saelab.sae.base import SAELoss, SparseActs
+from saelab.sae.token_top import TokenTop
+from saelab_kernels import Autoencoded, autoencode_topk, encode_topk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +47,11 @@ class Mirrored(NamedTuple):
     W_dec: Float[Tensor, "two_d_sae d_out"]
 
 
-class AbsTopK(SAE):
+class AbsTopK(TokenTop):
     cfg: AbsTopKConfig
 
     def __init__(self, cfg: AbsTopKConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(cfg, d_in, generator=generator)
-
-    def encode(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Signed feature activations, dense; equal magnitudes at the border go to the lower index.
-
-        Raises:
-            ShapeError: ``acts`` has another width than the SAE reads.
-        """
-        top = self.encode_sparse(self._checked(acts).reshape(-1, self.d_in))
-        feature_acts = top.top_acts.new_zeros(len(top.top_acts), self.d_sae)
-        return feature_acts.scatter(1, top.top_indices, top.top_acts).view(*acts.shape[:-1], self.d_sae)
 
     def encode_sparse(self, acts: Float[Tensor, "batch d_in"]) -> SparseActs:
         """The k features of each token, signed, largest magnitude first."""
@@ -68,24 +59,10 @@ class AbsTopK(SAE):
         top = encode_topk(self._checked(acts) - self.b_dec, mirrored.encoder, mirrored.b_enc, self.cfg.k)
         return SparseActs(top.top_acts * (1 - 2 * (top.top_indices % 2)), top.top_indices // 2)
 
-    def decode_sparse(self, top: SparseActs) -> Float[Tensor, "batch d_out"]:
-        """The reconstruction from the sparse form."""
-        return sparse_decode(top.top_acts, top.top_indices, self.W_dec, self.b_dec)
-
     def forward(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction; no dense feature activations are made on the way."""
         flat = self._checked(acts).reshape(-1, self.d_in)
         return self._autoencode(flat, self._mirrored()).recon.view(acts.shape)
-
-    @torch.no_grad()
-    def sparse_codes(self, acts: Float[Tensor, "batch d_in"]) -> SparseCodes:
-        """The active features of each row. NaN counts as active, so that it does not vanish."""
-        top = self.encode_sparse(acts)
-        features, order = top.top_indices.sort(dim=1)
-        values = top.top_acts.gather(1, order)
-        active = values != 0
-        rows = torch.arange(len(acts), device=acts.device)[:, None].expand_as(features)
-        return SparseCodes(rows[active], features[active], values[active])
 
     def training_loss(
         self,
@@ -129,7 +106,7 @@ class AbsTopK(SAE):
             centred=acts - self.b_dec.detach(),
             residual=residual,
             dead=dead.repeat_interleave(2),
-            k_aux=self.cfg.k_aux or max(1, self.d_in // 2),
+            k_aux=n_revived(self.cfg, self.d_in),
             tokens=self.tokens,
         )
 

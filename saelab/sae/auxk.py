@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saelab.dist import Group
 from saelab.errors import ConfigError
-from saelab.sae.base import SAE
+from saelab.sae.base import SAE, SAEConfig
 from saelab.sae.spread import variance_share
 from saelab_kernels.revive import aux_loss
 
@@ -24,6 +24,23 @@ def check_settings(*, d_sae: int, k: int, aux_coefficient: float, k_aux: int | N
         raise ConfigError(f"aux_coefficient must not be negative, got {aux_coefficient}; usual is 1/32")
     if k_aux is not None and k_aux < 1:
         raise ConfigError(f"k_aux must be at least 1, got {k_aux}; leave it out for d_in / 2")
+
+
+def n_revived(cfg: SAEConfig, width: int) -> int:
+    """Dead features that the auxiliary loss uses for each token; ``width`` is that of what they reconstruct."""
+    return cfg.k_aux or max(1, width // 2)  # type: ignore[attr-defined]
+
+
+def auxk_term(
+    sae: SAE,
+    acts: Float[Tensor, "batch d_in"],
+    residual: Float[Tensor, "batch d_in"],
+    dead: Bool[Tensor, " d_sae"] | None,
+) -> Float[Tensor, ""]:
+    """``auxk_loss`` as it enters the training loss: its coefficient included, 0 where that is 0."""
+    coefficient = sae.cfg.aux_coefficient  # type: ignore[attr-defined]
+    revived = dead if coefficient else None
+    return coefficient * auxk_loss(sae, acts, residual, revived, k_aux=n_revived(sae.cfg, sae.d_in))
 
 
 def auxk_loss(

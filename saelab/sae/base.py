@@ -109,6 +109,9 @@ class SAE(nn.Module):
     tokens: Group = ALONE
     """The processes over which the tokens of a training batch are spread."""
 
+    pre_act_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """The parameters in units of pre-activations."""
+
     def __init__(self, cfg: SAEConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
         """Random unit rows in W_dec, the encoder tied to them, biases zero."""
         super().__init__()
@@ -267,7 +270,9 @@ class SAE(nn.Module):
         if not 0 < scale < float("inf"):
             raise ConfigError(f"the scale to fold must be a positive number, got {scale}; was it estimated on zeros?")
         # through float64, so that each weight is rounded once
-        self.b_enc.copy_(self.b_enc.double() / scale)
+        for name in self.pre_act_biases:
+            bias = self.get_parameter(name)
+            bias.copy_(bias.double() / scale)
         self.b_dec.copy_(mean.double() + self.b_dec.double() / scale)
 
     def activation_floor(self) -> Float[Tensor, " d_sae"] | None:

@@ -13,12 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.sae.auxk import auxk_loss, check_settings
-from saelab.sae.base import SAE, SAELoss, TrainingGradient
-from saelab.sae.batch_threshold import check_momentum, jumprelu_twin, update_threshold_
+from saelab.sae.auxk import auxk_term, check_settings
+from saelab.sae.base import SAELoss, TrainingGradient
+from saelab.sae.batch_threshold import BatchThreshold, check_momentum
 from saelab.sae.gradient import with_auxk
-from saelab.sae.jumprelu import JumpReLU, jump_relu
-from saelab.sae.spread import largest_of_batch, smallest_kept
 from saelab_kernels import batchtopk_gradient, ragged_decode
 
 
@@ -42,17 +40,10 @@ class BatchTopKConfig:
         check_momentum(self.threshold_momentum)
 
 
-class BatchTopK(SAE):
+class BatchTopK(BatchThreshold):
     """``encode`` always uses the threshold; ``training_loss`` keeps the largest of its batch and updates it."""
 
     cfg: BatchTopKConfig
-    threshold: Float[Tensor, ""]
-    n_updates: Tensor
-
-    def __init__(self, cfg: BatchTopKConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
-        super().__init__(cfg, d_in, generator=generator)
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
 
     def training_loss(
         self,
@@ -63,14 +54,10 @@ class BatchTopK(SAE):
     ) -> SAELoss:
         """Squared error divided by d_in, plus the auxiliary loss for ``dead`` features; updates the threshold."""
         acts = self._checked(acts)
-        n_kept = self.cfg.k * len(acts) * self.tokens.size
-        active = largest_of_batch(acts - self.b_dec, self.encoder, self.b_enc, n_kept, self.tokens)
-        self._update_threshold(smallest_kept(active.acts.detach(), self.tokens))
+        active = self._largest(acts - self.b_dec)
         error = ragged_decode(active, self.W_dec, self.b_dec) - acts
         reconstruction = error.pow(2).mean()
-        k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
-        revived = dead if self.cfg.aux_coefficient else None
-        aux = self.cfg.aux_coefficient * auxk_loss(self, acts, -error, revived, k_aux=k_aux)
+        aux = auxk_term(self, acts, -error, dead)
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=acts.device)
         fired[active.features] = True
         return SAELoss(
@@ -93,24 +80,4 @@ class BatchTopK(SAE):
         acts = self._checked(acts)
         gradient = batchtopk_gradient(acts, self.layer, self.cfg.k)
         self._update_threshold(gradient.acts)
-        return with_auxk(self, gradient, dead, aux_coefficient=self.cfg.aux_coefficient, k_aux=self.cfg.k_aux)
-
-    @torch.no_grad()
-    def fold_(self, mean: Float[Tensor, "*slots d_in"], scale: float | Float[Tensor, " slots"]) -> None:
-        """As every SAE; the threshold is in units of the activations."""
-        super().fold_(mean, scale)
-        self.threshold.div_(scale)
-
-    def as_jumprelu(self) -> JumpReLU:
-        """The SAE that it is at inference."""
-        return jumprelu_twin(self, self.threshold)
-
-    def activation_floor(self) -> Float[Tensor, " d_sae"]:
-        """The one threshold of all features, 0 where it is negative."""
-        return self.threshold.clamp_min(0).expand(self.d_sae)
-
-    def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        return jump_relu(pre_acts, self.threshold)
-
-    def _update_threshold(self, kept: Float[Tensor, " kept"]) -> None:
-        update_threshold_(self.threshold, self.n_updates, kept, momentum=self.cfg.threshold_momentum)
+        return with_auxk(self, gradient, dead)

@@ -23,7 +23,6 @@ from saelab.errors import ConfigError
 from saelab.sae.affine import PreActs, few_above
 from saelab.sae.base import SAE, SAELoss, SparseCodes
 from saelab.sae.firing import counts
-from saelab.sae.folding import fold_input_
 from saelab.sae.progress import check_share, warmed_up
 from saelab_kernels import Ragged, encode_above, ragged_decode
 
@@ -52,6 +51,7 @@ class Gated(SAE):
     """``encoder`` holds the gate's directions; there is no ``b_enc``. ``pre_acts`` are those of the magnitudes."""
 
     cfg: GatedConfig
+    pre_act_biases = ("b_gate", "b_mag")  # r_mag is a ratio
 
     def __init__(self, cfg: GatedConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(cfg, d_in, generator=generator)
@@ -119,11 +119,6 @@ class Gated(SAE):
             fired=count.fired,
             l0=count.l0,
         )
-
-    @torch.no_grad()
-    def fold_(self, mean: Float[Tensor, "*slots d_in"], scale: float | Float[Tensor, " slots"]) -> None:
-        """As every SAE; both biases are in units of the activations, ``r_mag`` is a ratio."""
-        fold_input_(self, ("b_gate", "b_mag"), mean, scale)
 
     def activation_floor(self) -> Float[Tensor, " d_sae"]:
         """What the magnitude's pre-activation is where the gate opens, 0 where that is negative."""

@@ -6,25 +6,18 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from saelab.sae.auxk import n_revived
 from saelab.sae.base import SAE, SAELoss, TrainingGradient
 from saelab_kernels import Gradient, RowGrads, aux_dead
 
 
-def with_auxk(
-    sae: SAE,
-    gradient: Gradient,
-    dead: Bool[Tensor, " d_sae"] | None,
-    *,
-    aux_coefficient: float,
-    k_aux: int | None,
-) -> TrainingGradient:
+def with_auxk(sae: SAE, gradient: Gradient, dead: Bool[Tensor, " d_sae"] | None) -> TrainingGradient:
     """The losses of a batch and their gradient: those of ``gradient``, plus AuxK for the features of ``dead``."""
-    error = gradient.error
+    error, aux_coefficient = gradient.error, sae.cfg.aux_coefficient  # type: ignore[attr-defined]
     rows = dead.nonzero().flatten() if dead is not None and aux_coefficient else None
     aux, sparse = error.new_zeros(()), gradient.sparse
     if rows is not None and len(rows):
-        k_aux = k_aux or max(1, sae.d_in // 2)
-        layer, residual = sae.layer, error.neg()
+        layer, residual, k_aux = sae.layer, error.neg(), n_revived(sae.cfg, sae.d_in)
         revived = aux_dead(rows, residual, sparse.centred, layer.W_enc, layer.b_enc, layer.W_dec, k_aux)
         aux = aux_coefficient * revived.loss
         sparse = sparse._replace(

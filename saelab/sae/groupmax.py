@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.errors import ConfigError
-from saelab.sae.auxk import auxk_loss, check_settings
+from saelab.sae.auxk import auxk_term, check_settings
 from saelab.sae.base import SAE, SAELoss
 
 
@@ -57,9 +57,7 @@ class GroupMax(SAE):
         feature_acts = self.encode(acts)
         error = self.decode(feature_acts) - acts
         reconstruction = error.pow(2).mean()
-        k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
-        revived = dead if self.cfg.aux_coefficient else None
-        aux = self.cfg.aux_coefficient * auxk_loss(self, acts, -error, revived, k_aux=k_aux)
+        aux = auxk_term(self, acts, -error, dead)
         active = feature_acts.detach() > 0
         return SAELoss(
             total=reconstruction + aux,

@@ -29,7 +29,6 @@ from torch.autograd.function import once_differentiable
 
 from saelab.errors import ConfigError
 from saelab.sae.base import SAE, SAELoss
-from saelab.sae.folding import fold_input_
 from saelab_kernels import encode_topk, feature_grad, pairs_by_feature
 
 
@@ -59,6 +58,7 @@ class MatchingPursuit(SAE):
     """``W_dec`` and ``b_dec`` are all its parameters."""
 
     cfg: MatchingPursuitConfig
+    pre_act_biases = ()
 
     def __init__(self, cfg: MatchingPursuitConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(cfg, d_in, generator=generator)
@@ -127,7 +127,7 @@ class MatchingPursuit(SAE):
         Raises:
             ConfigError: ``scale`` is not a positive number.
         """
-        fold_input_(self, (), mean, scale)
+        super().fold_(mean, scale)
         self.cfg = replace(self.cfg, residual_threshold=self.cfg.residual_threshold / float(scale))
 
     def _pursue(self, acts: Float[Tensor, "batch d_in"], *, by_gram: bool = False) -> Found:

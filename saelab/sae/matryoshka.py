@@ -18,12 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.errors import ConfigError
-from saelab.sae.auxk import auxk_loss, check_settings
-from saelab.sae.base import SAE, SAELoss, TrainingGradient
-from saelab.sae.batch_threshold import check_momentum, jumprelu_twin, update_threshold_
+from saelab.sae.auxk import auxk_term, check_settings
+from saelab.sae.base import SAELoss, TrainingGradient
+from saelab.sae.batch_threshold import BatchThreshold, check_momentum
 from saelab.sae.gradient import with_auxk
-from saelab.sae.jumprelu import JumpReLU, jump_relu
-from saelab.sae.spread import largest_of_batch, smallest_kept
 from saelab_kernels import (
     Gradient,
     Ragged,
@@ -97,17 +95,10 @@ class MatryoshkaConfig:
         return random_prefix_ends(self.d_sae, self.random_prefixes, seed=repr(progress))
 
 
-class Matryoshka(SAE):
+class Matryoshka(BatchThreshold):
     """``encode`` always uses the threshold; ``training_loss`` keeps the largest of its batch and updates it."""
 
     cfg: MatryoshkaConfig
-    threshold: Float[Tensor, ""]
-    n_updates: Tensor
-
-    def __init__(self, cfg: MatryoshkaConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
-        super().__init__(cfg, d_in, generator=generator)
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
 
     def training_loss(
         self,
@@ -119,17 +110,13 @@ class Matryoshka(SAE):
         """Weighted mean of the prefixes' squared errors divided by d_in, plus AuxK for ``dead`` on what the whole
         dictionary leaves over; updates the threshold."""
         acts = self._checked(acts)
-        n_kept = self.cfg.k * len(acts) * self.tokens.size
-        active = largest_of_batch(acts - self.b_dec, self.encoder, self.b_enc, n_kept, self.tokens)
-        self._update_threshold(smallest_kept(active.acts.detach(), self.tokens))
+        active = self._largest(acts - self.b_dec)
         by_group = grouped(active, self.cfg.prefix_ends(progress))
         added = ragged_decode(by_group, self.W_dec).view(len(acts), -1, self.d_out)
         errors = added.cumsum(1) + self.b_dec - acts[:, None]
         each = torch.stack([error.pow(2).mean() for error in errors.unbind(1)])
         reconstruction = (each * self._weights(each)).sum()
-        k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
-        revived = dead if self.cfg.aux_coefficient else None
-        aux = self.cfg.aux_coefficient * auxk_loss(self, acts, -errors[:, -1], revived, k_aux=k_aux)
+        aux = auxk_term(self, acts, -errors[:, -1], dead)
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=acts.device)
         fired[active.features] = True
         return SAELoss(
@@ -179,35 +166,15 @@ class Matryoshka(SAE):
         b_dec = errors[:, 0].sum(0).mul_(scale) - b_enc @ layer.W_enc
         sparse = SparseGrads(pairs, active.acts * scale, pre_grad, recon_grad, centred, b_enc, b_dec)
         gradient = Gradient((each * weights).sum(), whole, active.acts, active.features, sparse)
-        result = with_auxk(self, gradient, dead, aux_coefficient=self.cfg.aux_coefficient, k_aux=self.cfg.k_aux)
+        result = with_auxk(self, gradient, dead)
         # the pairs count a token's row once for each group, in the encoder's gradient as in the decoder's
         centred = centred.repeat_interleave(n_prefixes, 0, output_size=len(recon_grad))
         return result._replace(sparse=result.sparse._replace(centred=centred))
-
-    @torch.no_grad()
-    def fold_(self, mean: Float[Tensor, "*slots d_in"], scale: float | Float[Tensor, " slots"]) -> None:
-        """As every SAE; the threshold is in units of the activations."""
-        super().fold_(mean, scale)
-        self.threshold.div_(scale)
-
-    def as_jumprelu(self) -> JumpReLU:
-        """The SAE that it is at inference."""
-        return jumprelu_twin(self, self.threshold)
-
-    def activation_floor(self) -> Float[Tensor, " d_sae"]:
-        """The one threshold of all features, 0 where it is negative."""
-        return self.threshold.clamp_min(0).expand(self.d_sae)
-
-    def _update_threshold(self, kept: Float[Tensor, " kept"]) -> None:
-        update_threshold_(self.threshold, self.n_updates, kept, momentum=self.cfg.threshold_momentum)
 
     def _weights(self, losses: Float[Tensor, " prefixes"]) -> Float[Tensor, " prefixes"]:
         """The weights of the prefixes in the precision of their losses; their sum is 1."""
         weights = losses.new_tensor(self.cfg.prefix_weights or [1.0] * len(losses))
         return weights / weights.sum()
-
-    def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        return jump_relu(pre_acts, self.threshold)
 
 
 def grouped(active: Ragged, ends: tuple[int, ...]) -> Ragged:

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.sae.auxk import auxk_loss, check_settings
-from saelab.sae.base import SAE, SAELoss, SparseActs, SparseCodes, TrainingGradient
+from saelab.sae.auxk import auxk_term, check_settings
+from saelab.sae.base import SAELoss, SparseActs, TrainingGradient
 from saelab.sae.gradient import with_auxk
-from saelab_kernels import Autoencoded, autoencode_topk, encode_topk, sparse_decode, topk_gradient
+from saelab.sae.token_top import TokenTop
+from saelab_kernels import Autoencoded, autoencode_topk, encode_topk, topk_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,43 +33,19 @@ class TopKConfig:
         check_settings(d_sae=self.d_sae, k=self.k, aux_coefficient=self.aux_coefficient, k_aux=self.k_aux)
 
 
-class TopK(SAE):
+class TopK(TokenTop):
     cfg: TopKConfig
 
     def __init__(self, cfg: TopKConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(cfg, d_in, generator=generator)
 
-    def encode(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Feature activations, dense; equal pre-activations at the border go to the lower index.
-
-        Raises:
-            ShapeError: ``acts`` has another width than the SAE reads.
-        """
-        top = self.encode_sparse(self._checked(acts).reshape(-1, self.d_in))
-        feature_acts = top.top_acts.new_zeros(len(top.top_acts), self.d_sae).scatter(1, top.top_indices, top.top_acts)
-        return feature_acts.view(*acts.shape[:-1], self.d_sae)
-
     def encode_sparse(self, acts: Float[Tensor, "batch d_in"]) -> SparseActs:
         """The k features of each token, largest first."""
         return SparseActs(*encode_topk(self._checked(acts) - self.b_dec, self.encoder, self.b_enc, self.cfg.k))
 
-    def decode_sparse(self, top: SparseActs) -> Float[Tensor, "batch d_out"]:
-        """The reconstruction from the sparse form."""
-        return sparse_decode(top.top_acts, top.top_indices, self.W_dec, self.b_dec)
-
     def forward(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction; no dense feature activations are made on the way."""
         return self._autoencode(self._checked(acts).reshape(-1, self.d_in)).recon.view(acts.shape)
-
-    @torch.no_grad()
-    def sparse_codes(self, acts: Float[Tensor, "batch d_in"]) -> SparseCodes:
-        """The active features of each row. NaN counts as active, so that it does not vanish."""
-        top = self.encode_sparse(acts)
-        features, order = top.top_indices.sort(dim=1)
-        values = top.top_acts.gather(1, order)
-        active = values != 0
-        rows = torch.arange(len(acts), device=acts.device)[:, None].expand_as(features)
-        return SparseCodes(rows[active], features[active], values[active])
 
     def training_loss(
         self,
@@ -81,9 +58,7 @@ class TopK(SAE):
         recon, top_acts, top_indices = self._autoencode(self._checked(acts))
         error = recon - acts
         reconstruction = error.pow(2).mean()
-        k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
-        revived = dead if self.cfg.aux_coefficient else None
-        aux = self.cfg.aux_coefficient * auxk_loss(self, acts, -error, revived, k_aux=k_aux)
+        aux = auxk_term(self, acts, -error, dead)
         active = top_acts.detach() > 0
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=acts.device)
         fired[top_indices[active]] = True
@@ -106,7 +81,7 @@ class TopK(SAE):
         """``training_loss`` and its gradient."""
         acts = self._checked(acts)
         gradient = topk_gradient(acts, self.layer, self.cfg.k)
-        return with_auxk(self, gradient, dead, aux_coefficient=self.cfg.aux_coefficient, k_aux=self.cfg.k_aux)
+        return with_auxk(self, gradient, dead)
 
     def _autoencode(self, acts: Float[Tensor, "batch d_in"]) -> Autoencoded:
         return autoencode_topk(acts, self.encoder, self.b_enc, self.W_dec, self.b_dec, self.cfg.k)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saelab.errors import ConfigError
 from saelab.sae.affine import few_above
-from saelab.sae.auxk import check_settings, revival_loss
+from saelab.sae.auxk import check_settings, n_revived, revival_loss
 from saelab.sae.base import SAE, SAELoss, SparseCodes
 from saelab.sae.batch_threshold import check_momentum, update_threshold_
 from saelab.sae.jumprelu import jump_relu
@@ -179,7 +179,7 @@ class Transcoder(SAE):
                 centred=inputs,
                 residual=-error,
                 dead=dead,
-                k_aux=self.cfg.k_aux or max(1, self.d_out // 2),
+                k_aux=n_revived(self.cfg, self.d_out),
                 tokens=self.tokens,
             )
         return SAELoss(

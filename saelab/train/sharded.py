@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from saelab import dist
 from saelab.errors import ConfigError
 from saelab.sae.architectures import new_sae
+from saelab.sae.auxk import n_revived
 from saelab.sae.base import SAE, SAEConfig, SAELoss
 from saelab.sae.batch_threshold import update_threshold_
 from saelab.sae.batchtopk import BatchTopKConfig
@@ -239,7 +240,7 @@ class FeatureShard(SAE):
         """AuxK (`saelab.sae.auxk`) with the ``k_aux`` largest dead features of each token, whoever has them."""
         if dead is None or not dead.any():
             return residual.new_zeros(())
-        k_aux = self.cfg.k_aux or max(1, self.d_in // 2)
+        k_aux = n_revived(self.cfg, self.d_in)
         n_dead = [int(dead[some.start : some.stop].sum()) for some in self._ranges()]
         here = dead[self.mine.start : self.mine.stop].nonzero().flatten()
         pre_acts = F.linear(centred, rows.W_enc[here], rows.b_enc[here])
