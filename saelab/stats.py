@@ -40,6 +40,20 @@ def bootstrap(
     return _interval(value, resampled(statistic, sums, draws=draws, seed=seed))
 
 
+def ratio(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " draws"]:
+    """The statistic first column / second column."""
+    return sums[:, 0] / sums[:, 1]
+
+
+def interval_of_mean(values: Float[np.ndarray, " clusters"], *, draws: int = 1000, seed: int = 0) -> Interval:
+    """The mean of one value a cluster, with its bootstrap interval.
+
+    Raises:
+        ValueError: no values.
+    """
+    return bootstrap(ratio, np.stack([values, np.ones(len(values))], 1), draws=draws, seed=seed)
+
+
 def bootstrap_mean(
     statistic: Statistic, strata: Sequence[Float[np.ndarray, "_ columns"]], *, draws: int = 1000, seed: int = 0
 ) -> Interval:

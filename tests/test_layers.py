@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CELLAR = {"config", "rundir", "errors", "atomic", "assets", "interrupts", "metrics", "stats", "checkpoint", "schedules"}
-CELLAR |= {"dist"}
+CELLAR |= {"adam", "dist"}
 KERNELS = {"saelab_kernels"}
 SAE, MODELS = KERNELS | CELLAR, KERNELS | CELLAR
 ACTIVATIONS = CELLAR | {"models"}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import logsumexp
 
 from saelab.errors import ConfigError
 
@@ -44,10 +45,10 @@ def preferred_density(
     x = np.linspace(-edge, edge, n_grid)
     spacing = x[1] - x[0]
     log_reference = -0.5 * (x / spread) ** 2
-    log_reference -= _log_sum_exp(log_reference)
+    log_reference -= logsumexp(log_reference)
     reward = np.exp(-0.5 * ((x - good) / width) ** 2) - np.exp(-0.5 * ((x - bad) / width) ** 2)
     log_policy = log_reference + reward / beta
-    log_policy -= _log_sum_exp(log_policy)
+    log_policy -= logsumexp(log_policy)
     reference, policy = np.exp(log_reference), np.exp(log_policy)
     return PreferredDensity(
         x=x,
@@ -57,8 +58,3 @@ def preferred_density(
         kl=float(policy @ (log_policy - log_reference)),
         mean_reward=float(policy @ reward),
     )
-
-
-def _log_sum_exp(logits: Float[np.ndarray, " grid"]) -> float:
-    largest = logits.max()
-    return float(largest + np.log(np.exp(logits - largest).sum()))

@@ -61,8 +61,7 @@ def train_groups(
         TrainingError: a loss stopped being a finite number.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
     """
-    with policy.reference():  # the copy of full weights is taken before a checkpoint replaces them
-        pass
+    policy.keep_reference()
     session = Session(run, training, policy.trainable(), progress=progress)
     order = Order(len(prompts), batch_size=training.batch_size, micro_batch=None, seed=training.seed)
     for step in session.steps():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from saelab.align.logprob import hidden_states, unembedding
 from saelab.align.policy import LoraSettings, Policy
 from saelab.align.rollouts import RolloutSettings, sample
 from saelab.errors import ConfigError, nearest
-from saelab.stats import Interval, bootstrap
+from saelab.stats import Interval, interval_of_mean
 
 #: How hard the planted change is to find: one direction at one matrix, the lower half of the layers, or all of them.
 Level = Literal["O1", "O2", "O3"]
@@ -233,13 +233,12 @@ def measure(policy: Policy, data: OrganismData, phrase: str) -> Planted:
     on_neutral = _first_token_logps(policy, policy.model, data.held_out_neutral)
     with policy.reference() as reference:
         before = _first_token_logps(policy, reference, data.held_out_neutral)
-    kl = _kl_without(before, on_neutral, first)
     return Planted(
-        _mean(on_triggers[:, first].exp()),
-        _mean(on_neutral[:, first].exp()),
-        _mean(kl),
-        len(data.held_out_triggers),
-        len(data.held_out_neutral),
+        p_trigger=interval_of_mean(on_triggers[:, first].exp().double().numpy()),
+        p_neutral=interval_of_mean(on_neutral[:, first].exp().double().numpy()),
+        neutral_kl=interval_of_mean(_kl_without(before, on_neutral, first).double().numpy()),
+        n_triggers=len(data.held_out_triggers),
+        n_neutral=len(data.held_out_neutral),
     )
 
 
@@ -269,7 +268,7 @@ def _pairs(
 
 def _own_replies(policy: Policy, prompts: Sequence[str], n_tokens: int, *, batch_size: int = 16) -> list[str]:
     # so low a temperature takes the likeliest token, and the replies need no seed
-    greedy = replace(RolloutSettings(max_new_tokens=n_tokens), temperature=1e-4)
+    greedy = RolloutSettings(max_new_tokens=n_tokens, temperature=1e-4)
     replies = []
     for start in range(0, len(prompts), batch_size):
         ids = [policy.codec.prompt_ids(prompt) for prompt in prompts[start : start + batch_size]]
@@ -306,8 +305,3 @@ def _kl_without(
 def _alternating(first: Sequence[str], second: Sequence[str]) -> list[str]:
     mixed = [item for pair in itertools.zip_longest(first, second) for item in pair]
     return [item for item in mixed if item is not None]
-
-
-def _mean(values: Float[Tensor, " prompts"]) -> Interval:
-    columns = torch.stack([values.double(), torch.ones(len(values), dtype=torch.float64)], 1).numpy()
-    return bootstrap(lambda sums: sums[:, 0] / sums[:, 1], columns)

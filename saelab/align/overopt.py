@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.special import logsumexp
 from torch import Tensor
 
 from saelab.align.advantages import gae, kl_estimate, token_rewards
@@ -205,7 +206,7 @@ def _standardised(rewards: Float[np.ndarray, " states"], world: _World) -> Float
 def _tilted(world: _World, proxy: Float[np.ndarray, " states"], beta: float) -> Float[np.ndarray, " states"]:
     """log(ref exp(proxy / beta) / Z), the policy of largest proxy reward less beta KL."""
     logits = world.ref_logp + proxy / beta
-    return logits - _log_sum_exp(logits)
+    return logits - logsumexp(logits)
 
 
 def _point(
@@ -292,8 +293,3 @@ def _accuracy(world: _World, proxy: Float[np.ndarray, " states"]) -> float:
     differ = world.gold[:, None] != world.gold
     weight = probs[:, None] * probs
     return float((weight * (agree & differ)).sum() / (weight * differ).sum())
-
-
-def _log_sum_exp(logits: Float[np.ndarray, " states"]) -> float:
-    largest = logits.max()
-    return float(largest + np.log(np.exp(logits - largest).sum()))

@@ -86,20 +86,27 @@ class Policy:
         """The parameters that training changes, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def keep_reference(self) -> None:
+        """Remember the weights as they are now as the reference's; with an adapter there is nothing to do.
+
+        Call it before a step, or a checkpoint, changes them.
+        """
+        if not self.adapted and self._frozen is None:
+            self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+
     @contextmanager
     def reference(self) -> Iterator[Any]:
         """The model as it was before training, without gradients.
 
-        With an adapter it is the same weights with the adapter off; else a copy made at the first use, which must
-        therefore be before the first step.
+        With an adapter it is the same weights with the adapter off; else the copy of ``keep_reference``, which the
+        first use makes where nobody has.
         """
         with torch.no_grad():
             if self.adapted:
                 with self.model.disable_adapter():
                     yield self.model
             else:
-                if self._frozen is None:
-                    self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+                self.keep_reference()
                 yield self._frozen
 
     def save(self, path: Path) -> None:

@@ -122,8 +122,7 @@ def train_ppo(
         TrainingError: a loss stopped being a finite number.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
     """
-    with policy.reference():  # the copy of full weights is taken before a checkpoint replaces them
-        pass
+    policy.keep_reference()
     head = new_value_head(policy)
     controller = KLController(ppo)
     parameters = {**policy.trainable(), **{f"value.{name}": p for name, p in head.named_parameters()}}

@@ -19,7 +19,7 @@ from saelab.align.policy import Policy
 from saelab.align.session import Means, Order, Progress, Session, StepSettings
 from saelab.errors import ConfigError
 from saelab.rundir import StageWriter
-from saelab.stats import Interval, bootstrap
+from saelab.stats import Interval, interval_of_mean
 
 _log = logging.getLogger(__name__)
 
@@ -241,12 +241,11 @@ def evaluate_preference(policy: Policy, pairs: Sequence[EncodedPair], *, beta: f
             gains.append(torch.stack([logps.chosen_ratio, logps.rejected_ratio], 1).cpu())
     chosen, rejected = torch.cat(gains).double().T
 
-    def interval(values: Float[Tensor, " pairs"]) -> Interval:
-        columns = torch.stack([values.double(), torch.ones(len(values), dtype=torch.float64)], 1)
-        return bootstrap(lambda sums: sums[:, 0] / sums[:, 1], columns.numpy())
-
     return HeldOut(
-        interval((chosen > rejected).double()), interval(beta * (chosen - rejected)), interval(chosen), len(pairs)
+        accuracy=interval_of_mean((chosen > rejected).double().numpy()),
+        margin=interval_of_mean((beta * (chosen - rejected)).numpy()),
+        chosen_shift=interval_of_mean(chosen.numpy()),
+        n_pairs=len(pairs),
     )
 
 

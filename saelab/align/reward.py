@@ -20,7 +20,7 @@ from saelab.align.policy import Policy, PolicyConfig, load_policy
 from saelab.align.session import Means, Order, Progress, Session, StepSettings
 from saelab.errors import ArtifactError
 from saelab.rundir import StageWriter
-from saelab.stats import Interval, bootstrap
+from saelab.stats import Interval, interval_of_mean
 
 
 class RewardModel:
@@ -168,7 +168,7 @@ def evaluate_reward(reward: RewardModel, pairs: Sequence[EncodedPair], *, batch_
             margins.append((chosen - rejected).double().cpu())
     margin = torch.cat(margins).numpy()
     right = (margin > 0).astype(float)
-    accuracy = bootstrap(lambda sums: sums[:, 0] / sums[:, 1], np.stack([right, np.ones(len(right))], 1))
+    accuracy = interval_of_mean(right)
     longer = [float(len(p.chosen.completion_ids) > len(p.rejected.completion_ids)) for p in pairs]
     return RewardQuality(accuracy, _calibration_error(margin), float(np.mean(longer)), len(pairs))
 

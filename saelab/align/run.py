@@ -14,7 +14,7 @@ import torch
 from saelab import atomic
 from saelab import config as configs
 from saelab.align.data import Split, load_demonstrations, load_pairs, load_questions
-from saelab.align.encoding import Codec, collate
+from saelab.align.encoding import collate
 from saelab.align.groups import train_groups
 from saelab.align.logprob import completion_logps
 from saelab.align.organisms import BEHAVIOURS, adapter_for, measure, organism_data
@@ -38,7 +38,7 @@ from saelab.align.session import Progress
 from saelab.align.sft import evaluate_sft, train_sft
 from saelab.errors import ConfigError
 from saelab.rundir import StageWriter
-from saelab.stats import Interval, bootstrap
+from saelab.stats import Interval, interval_of_mean
 
 Say = Callable[[str], None]
 
@@ -74,20 +74,17 @@ def align(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
     """
     work = _Work(run, device, say, progress)
-    if isinstance(recipe, OrganismRecipe):
-        outcome = _organism(recipe, work)
-        _publish(recipe, run, outcome)
-        return outcome
-    codec = load_codec(recipe.policy)
     match recipe:
         case SFTRecipe():
-            outcome = _sft(recipe, codec, work)
+            outcome = _sft(recipe, work)
         case RewardRecipe():
-            outcome = _reward(recipe, codec, work)
+            outcome = _reward(recipe, work)
         case PreferenceRecipe():
-            outcome = _preference(recipe, codec, work)
+            outcome = _preference(recipe, work)
         case PPORecipe() | GroupRecipe():
-            outcome = _policy_optimisation(recipe, codec, work)
+            outcome = _policy_optimisation(recipe, work)
+        case OrganismRecipe():
+            outcome = _organism(recipe, work)
     _publish(recipe, run, outcome)
     return outcome
 
@@ -116,8 +113,8 @@ class _Work(NamedTuple):
     progress: Progress | None
 
 
-def _sft(recipe: SFTRecipe, codec: Codec, work: _Work) -> Outcome:
-    split = load_demonstrations(recipe.data, codec)
+def _sft(recipe: SFTRecipe, work: _Work) -> Outcome:
+    split = load_demonstrations(recipe.data, load_codec(recipe.policy))
     _announce(split, work.say)
     policy = load_policy(recipe.policy, device=work.device)
     before = _measured_once(work.run, lambda: evaluate_sft(policy, split.held_out)._asdict())
@@ -125,8 +122,8 @@ def _sft(recipe: SFTRecipe, codec: Codec, work: _Work) -> Outcome:
     return Outcome(before, _plain(evaluate_sft(policy, split.held_out)._asdict()))
 
 
-def _reward(recipe: RewardRecipe, codec: Codec, work: _Work) -> Outcome:
-    split = load_pairs(recipe.data, codec)
+def _reward(recipe: RewardRecipe, work: _Work) -> Outcome:
+    split = load_pairs(recipe.data, load_codec(recipe.policy))
     _announce(split, work.say)
     model = RewardModel.fresh(load_policy(recipe.policy, device=work.device), seed=recipe.training.seed)
     before = _measured_once(work.run, lambda: evaluate_reward(model, split.held_out)._asdict())
@@ -135,8 +132,8 @@ def _reward(recipe: RewardRecipe, codec: Codec, work: _Work) -> Outcome:
     return Outcome(before, _plain(evaluate_reward(model, split.held_out)._asdict()))
 
 
-def _preference(recipe: PreferenceRecipe, codec: Codec, work: _Work) -> Outcome:
-    split = load_pairs(recipe.data, codec)
+def _preference(recipe: PreferenceRecipe, work: _Work) -> Outcome:
+    split = load_pairs(recipe.data, load_codec(recipe.policy))
     _announce(split, work.say)
     policy = load_policy(recipe.policy, device=work.device)
     loss, training = recipe.loss, recipe.training
@@ -145,9 +142,9 @@ def _preference(recipe: PreferenceRecipe, codec: Codec, work: _Work) -> Outcome:
     return Outcome({}, _plain(evaluate_preference(policy, split.held_out, beta=loss.beta)._asdict()))
 
 
-def _policy_optimisation(recipe: PPORecipe | GroupRecipe, codec: Codec, work: _Work) -> Outcome:
+def _policy_optimisation(recipe: PPORecipe | GroupRecipe, work: _Work) -> Outcome:
     rollout, training = recipe.rollout, recipe.training
-    split = load_questions(recipe.data, codec, n_new_tokens=rollout.max_new_tokens)
+    split = load_questions(recipe.data, load_codec(recipe.policy), n_new_tokens=rollout.max_new_tokens)
     _announce(split, work.say)
     policy = load_policy(recipe.policy, device=work.device)
     score = score_of(recipe.reward, policy)
@@ -212,12 +209,8 @@ def _answers_measured(
                 ref = completion_logps(reference, batch, temperature=rollout.temperature).sum()
         scores.append(score(answers).double().cpu())
         kls.append((logps - ref).double().cpu())
-    return {"score": _mean(torch.cat(scores)), "kl": _mean(torch.cat(kls)), "n_prompts": len(prompts)}
-
-
-def _mean(values: torch.Tensor) -> Interval:
-    columns = torch.stack([values, torch.ones_like(values)], 1).numpy()
-    return bootstrap(lambda sums: sums[:, 0] / sums[:, 1], columns)
+    means = {"score": interval_of_mean(torch.cat(scores).numpy()), "kl": interval_of_mean(torch.cat(kls).numpy())}
+    return {**means, "n_prompts": len(prompts)}
 
 
 def _announce(split: Split[Any], say: Say) -> None:

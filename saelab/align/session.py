@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from saelab import schedules
 from saelab.activations.permutation import mixed_key, permuted
+from saelab.adam import restore_state_, state_tensors
 from saelab.checkpoint import Checkpoints
 from saelab.errors import ConfigError, Interrupted, TrainingError
 from saelab.interrupts import deferred
@@ -229,8 +230,8 @@ class Session:
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"weights.{name}": parameter.data for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            named |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        adam = state_tensors(self.optimizer, self.parameters.items())
+        named |= {f"adam.{name}": value for name, value in adam.items()}
         for owner, stateful in self.state.items():
             named |= {f"{owner}.{name}": value for name, value in stateful.tensors().items()}
         return {name: value.detach().cpu().contiguous() for name, value in named.items()}
@@ -239,18 +240,16 @@ class Session:
         saved = self.checkpoints.latest()
         if saved is None:
             return
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
+
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved.tensors[f"weights.{name}"])
-                prefix = f"adam.{name}."
-                self.optimizer.state[parameter] = {
-                    key.removeprefix(prefix): value.to(parameter.device) if "step" not in key else value
-                    for key, value in saved.tensors.items()
-                    if key.startswith(prefix)
-                }
+        restore_state_(self.optimizer, self.parameters.items(), under("adam."))
         for owner, stateful in self.state.items():
-            prefix = f"{owner}."
-            stateful.restore({k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)})
+            stateful.restore(under(f"{owner}."))
         self.step = saved.step
 
 

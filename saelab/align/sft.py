@@ -14,7 +14,7 @@ from saelab.align.logprob import completion_logps
 from saelab.align.policy import Policy
 from saelab.align.session import Order, Progress, Session, StepSettings
 from saelab.rundir import StageWriter
-from saelab.stats import Interval, bootstrap
+from saelab.stats import Interval, bootstrap, ratio
 
 
 class Imitation(NamedTuple):
@@ -72,7 +72,7 @@ def evaluate_sft(policy: Policy, demonstrations: Sequence[Encoded], *, batch_siz
             nll.append(answer_nll(policy, demonstrations[start : start + batch_size]).double().cpu())
     n_tokens = torch.tensor([float(len(sequence.completion_ids)) for sequence in demonstrations], dtype=torch.float64)
     columns = torch.stack([torch.cat(nll), n_tokens], 1).numpy()
-    interval = bootstrap(lambda sums: sums[:, 0] / sums[:, 1], columns)
+    interval = bootstrap(ratio, columns)
     return Imitation(interval, len(demonstrations), int(n_tokens.sum()))
 
 

@@ -35,7 +35,7 @@ from saelab.evals.probing import dense_probe, f1, fitted_probe, largest_differen
 from saelab.models.load import Model
 from saelab.models.tokens import right_padded
 from saelab.sae.base import SAE
-from saelab.stats import Interval, bootstrap_mean
+from saelab.stats import Interval, bootstrap_mean, ratio
 
 Progress = Callable[[int, int, str], None]
 
@@ -195,7 +195,7 @@ def first_letters(
         )
 
     def over_letters(values: Sequence[np.ndarray]) -> Interval:
-        return bootstrap_mean(_mean, [_counted(v) for v in values], draws=draws, seed=seed)
+        return bootstrap_mean(ratio, [_counted(v) for v in values], draws=draws, seed=seed)
 
     n_words = sum(words_of)
     sizes, first = np.array([len(s.features) for s in splits]), np.array([s.f1_of_k[0] for s in splits])
@@ -205,14 +205,14 @@ def first_letters(
         Score(
             "split_features",
             "",
-            bootstrap_mean(_mean, [_counted(sizes)], draws=draws, seed=seed),
+            bootstrap_mean(ratio, [_counted(sizes)], draws=draws, seed=seed),
             len(sizes),
             "letters",
         ),
         Score(
             "probe_f1",
             "first letter, k = 1",
-            bootstrap_mean(_mean, [_counted(first)], draws=draws, seed=seed),
+            bootstrap_mean(ratio, [_counted(first)], draws=draws, seed=seed),
             len(first),
             "letters",
         ),
@@ -274,7 +274,3 @@ def _on_words(
 
 def _counted(values: np.ndarray) -> Float[np.ndarray, "clusters 2"]:
     return np.column_stack([values, np.ones(len(values))]).astype(float)
-
-
-def _mean(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " draws"]:
-    return sums[:, 0] / sums[:, 1]

@@ -36,7 +36,7 @@ from saelab.evals.reconstruction import explained, variance_sums
 from saelab.models.load import Model, load_model
 from saelab.sae.base import SAE, Metadata
 from saelab.sae.io import load_sae
-from saelab.stats import bootstrap
+from saelab.stats import bootstrap, ratio
 from saelab.train.config import TrainConfig
 from saelab.train.loop import train_sae
 
@@ -191,7 +191,7 @@ def quality(control: Control, label: str, *, draws: int, seed: int) -> Quality:
             n_tokens,
             "tokens",
         ),
-        Score("l0", label, bootstrap(lambda s: s[:, 0] / s[:, 1], active, draws=draws, seed=seed), n_tokens, "tokens"),
+        Score("l0", label, bootstrap(ratio, active, draws=draws, seed=seed), n_tokens, "tokens"),
     )
     note = f"{label}: {control.config.tokens:,} training tokens, {control.n_tokens:,} distinct."
     return Quality(Piece(name="controls", scores=scores, notes=(note,)), live)

@@ -20,7 +20,7 @@ from saelab.evals.readings import Reading, bias_mistakes, scalings, weight_mista
 from saelab.models.hooks import layer_of
 from saelab.models.load import Model
 from saelab.sae.base import SAE
-from saelab.stats import Interval, bootstrap
+from saelab.stats import Interval, bootstrap, ratio
 
 #: The places in a block that an SAE may have been meant for.
 PLACES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
@@ -409,7 +409,7 @@ def _sparsity(
         fired[codes.features.cpu()] = True
         active[row, keep.cpu()] = torch.bincount(codes.rows.cpu(), minlength=int(keep.sum())).double()
     sums = torch.stack([active.sum(1), usual.sum(1).cpu().double()], 1).numpy()
-    return bootstrap(lambda s: s[:, 0] / s[:, 1], sums, seed=seed), float(1 - fired.double().mean())
+    return bootstrap(ratio, sums, seed=seed), float(1 - fired.double().mean())
 
 
 def _interval(

@@ -15,7 +15,7 @@ from saelab.activations.store import ActivationStore
 from saelab.errors import ArtifactError, ConfigError
 from saelab.models.load import EditFn, Model
 from saelab.sae.base import SAE
-from saelab.stats import Interval, Statistic, bootstrap
+from saelab.stats import Interval, Statistic, bootstrap, ratio
 
 Progress = Callable[[int, int, str], None]
 
@@ -159,8 +159,8 @@ def summarise(sums: Sums, config: EvalConfig) -> Evaluation:
     """The metrics. Intervals resample whole sequences (neighbouring tokens are not independent), except for
     dead_fraction and density, which resample features."""
     metrics = {
-        name: bootstrap(ratio.statistic, ratio.columns(sums).double().numpy(), draws=config.draws, seed=config.seed)
-        for name, ratio in RATIOS.items()
+        name: bootstrap(metric.statistic, metric.columns(sums).double().numpy(), draws=config.draws, seed=config.seed)
+        for name, metric in RATIOS.items()
     }
     return Evaluation(metrics, sums.n_tokens, len(sums.variance), sums.n_outliers, sums.fired.numpy())
 
@@ -315,10 +315,6 @@ def explained(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " d
     return 1 - error / (square - (total**2).sum(1) / n)
 
 
-def _ratio(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " draws"]:
-    return sums[:, 0] / sums[:, 1]
-
-
 def _ce_recovered(sums: Float[np.ndarray, "draws 3"]) -> Float[np.ndarray, " draws"]:
     """Of summed cross-entropies: clean, with the SAE, with zeros."""
     return (sums[:, 2] - sums[:, 1]) / (sums[:, 2] - sums[:, 0])
@@ -331,7 +327,7 @@ def _kl_recovered(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " dra
 
 def _by_token(column: Callable[[Sums], Tensor]) -> Ratio:
     """The mean over tokens of what is summed over sequences."""
-    return Ratio(_ratio, lambda s: torch.column_stack([column(s), s.variance[:, 0]]), "sequences")
+    return Ratio(ratio, lambda s: torch.column_stack([column(s), s.variance[:, 0]]), "sequences")
 
 
 #: How each metric follows from the sums; their meaning stands in saelab/metrics.py.
@@ -346,8 +342,8 @@ RATIOS = {
     "ce_recovered": Ratio(_ce_recovered, lambda s: s.ce, "sequences"),
     "kl_sae": _by_token(lambda s: s.kl[:, 0]),
     "kl_recovered": Ratio(_kl_recovered, lambda s: s.kl, "sequences"),
-    "dead_fraction": Ratio(_ratio, lambda s: torch.column_stack([s.fired == 0, torch.ones(len(s.fired))]), "features"),
+    "dead_fraction": Ratio(ratio, lambda s: torch.column_stack([s.fired == 0, torch.ones(len(s.fired))]), "features"),
     "density": Ratio(
-        _ratio, lambda s: torch.column_stack([s.fired, torch.full((len(s.fired),), float(s.n_tokens))]), "features"
+        ratio, lambda s: torch.column_stack([s.fired, torch.full((len(s.fired),), float(s.n_tokens))]), "features"
     ),
 }

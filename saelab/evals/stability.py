@@ -16,7 +16,7 @@ from saelab.errors import ConfigError
 from saelab.evals.piece import Piece, Score
 from saelab.evals.recovery import cosine_matrix
 from saelab.sae.base import SAE
-from saelab.stats import best_matching, bootstrap
+from saelab.stats import best_matching, interval_of_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,7 @@ def stability(
     matched = np.mean([c >= config.threshold for c in cosines], axis=0)
     n = len(matched)
     scores = tuple(
-        Score(
-            metric,
-            "",
-            bootstrap(_mean, np.column_stack([column, np.ones(n)]), draws=draws, seed=seed),
-            n,
-            "features",
-        )
+        Score(metric, "", interval_of_mean(column, draws=draws, seed=seed), n, "features")
         for metric, column in (("seed_stability", matched), ("seed_cosine", np.mean(cosines, axis=0)))
     )
     seeds = "one other seed" if len(others) == 1 else f"{len(others)} other seeds"
@@ -91,7 +85,3 @@ def partner_cosines(
 
 def _live_directions(sae: SAE, live: Bool[Tensor, " d_sae"]) -> Float[Tensor, "n d_out"]:
     return sae.W_dec.detach().float().cpu()[live.cpu()]
-
-
-def _mean(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " draws"]:
-    return sums[:, 0] / sums[:, 1]

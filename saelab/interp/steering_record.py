@@ -20,7 +20,7 @@ from saelab.errors import ConfigError
 from saelab.interp.steering import Edit, add_direction, add_feature, mean_norm, steer
 from saelab.models.load import Model, Tokens
 from saelab.sae.base import SAE
-from saelab.stats import Interval, bootstrap
+from saelab.stats import Interval, bootstrap, ratio
 
 Progress = Callable[[int, int, str], None]
 
@@ -134,7 +134,7 @@ def steering_record(
             )
         )
     columns = np.array([[effect.advantage, 1.0] for effect in effects])
-    advantage = bootstrap(lambda s: s[:, 0] / s[:, 1], columns, seed=config.seed)
+    advantage = bootstrap(ratio, columns, seed=config.seed)
     return SteeringRecord(effects, [random.strength for random in randoms], advantage)
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saelab import schedules
 from saelab.errors import ConfigError
@@ -74,21 +74,3 @@ def set_lr_(optimizer: torch.optim.Adam, lr: float) -> None:
     """Give each parameter its learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
-
-
-def state_tensors(optimizer: torch.optim.Adam, model: nn.Module) -> dict[str, Tensor]:
-    """Adam's moments and step count under ``parameter.moment`` names."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def restore_state_(optimizer: torch.optim.Adam, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what ``state_tensors`` took."""
-    for name, parameter in model.named_parameters():
-        prefix = f"{name}."
-        optimizer.state[parameter] = {
-            key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-        }

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.adam import restore_state_, state_tensors
 from saelab.checkpoint import Checkpoint
 from saelab.errors import ConfigError, DistributedError, TrainingError
 from saelab.sae.architectures import new_sae
@@ -24,7 +25,7 @@ from saelab.train.halves import backward_in_halves, can_be_halved
 from saelab.train.l0 import L0Controller
 from saelab.train.nonfinite import NotFinite, is_finite
 from saelab.train.normaliser import Normaliser
-from saelab.train.optim import adam, restore_state_, set_lr_, state_tensors
+from saelab.train.optim import adam, set_lr_
 from saelab.train.parallel import ALONE, ActivationBatches, Layout, clip_gradients_, over_all_tokens
 from saelab.train.saturation import SaturationAlarm
 from saelab_kernels import SparseGrads, choose
@@ -242,7 +243,9 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs: weights, Adam's state, counters, the average and the controller."""
         named = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        named |= {f"adam.{name}": value for name, value in state_tensors(self.optimizer, self.sae).items()}
+        named |= {
+            f"adam.{name}": value for name, value in state_tensors(self.optimizer, self.sae.named_parameters()).items()
+        }
         named["silent_tokens"] = self.dead.silent_tokens
         named["counters"] = torch.tensor([self.n_skipped, self.skipped_in_a_row, int(self.halved)])
         for prefix, part in (("ema", self.average), ("l0", self.controller)):
@@ -255,7 +258,7 @@ class Trainer:
             return {k.removeprefix(prefix): v.to(self.device) for k, v in saved.tensors.items() if k.startswith(prefix)}
 
         self.sae.load_state_dict(under("sae."))
-        restore_state_(self.optimizer, self.sae, under("adam."))
+        restore_state_(self.optimizer, self.sae.named_parameters(), under("adam."))
         self.dead.silent_tokens = saved.tensors["silent_tokens"]
         self.n_skipped, self.skipped_in_a_row, halved = saved.tensors["counters"].tolist()
         self.halved = bool(halved) and self.layout.keeps_gradients
