@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,22 @@ def run(script: str, root: Path, jobs: list[dict[str, Any]]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def draws(name: str, d_in: int) -> torch.Tensor:
+    """The same activations in every run: of unseeded ones, now and then one lay within rounding of a threshold."""
+    return torch.randn(N_ACTS, d_in, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
 def theirs(root: Path, name: str, write: Mapping[str, Any], *, d_in: int = D_IN) -> dict[str, Any]:
     """A job in which the peer makes and saves an SAE."""
     path = root / name
     path.mkdir()
-    save_file({"acts": torch.randn(N_ACTS, d_in)}, path / "acts.safetensors")
+    save_file({"acts": draws(name, d_in)}, path / "acts.safetensors")
     return {"path": str(path), "write": dict(write)}
 
 
 def ours(root: Path, name: str, sae: SAE) -> dict[str, Any]:
     """A job in which the peer loads what we have written to ``root / name``."""
-    acts = torch.randn(N_ACTS, sae.d_in) / 0.37
+    acts = draws(name, sae.d_in) / 0.37
     if sae.d_in == sae.d_out and sae.cfg.arch != "transcoder":
         acts += sae.b_dec.detach()
     save_file({"acts": acts}, root / name / "acts.safetensors")
