@@ -36,8 +36,12 @@ STAGES = {
     "sae": "cfg.json",
     "sweep": "sweep.json",
     "eval": "eval.json",
+    "members": "members.json",
     "index": "index.json",
     "steer": "steer.json",
+    "probe": "probe.json",
+    "explain": "explain.json",
+    "lens": "lens.json",
     "model": "model.json",
     "constitution": "constitution.json",
 }
@@ -224,7 +228,7 @@ def check_done(path: Path) -> None:
         steps = Checkpoints(path / "checkpoints").steps()
         at = f" at step {steps[-1]}" if steps else ""
         cure = f"continue it with: saelab {_verb(stage)} --resume {path}"
-        if stage not in ("activations", "sae", "sweep"):
+        if stage not in ("activations", "sae", "sweep", "lens"):
             cure = f"make it again with: saelab {_verb(stage)}"
         raise ArtifactError(f"{path} is unfinished{at}; {cure}")
 
@@ -360,7 +364,7 @@ def _relative(location: Path, start: Path) -> str:
 
 
 def _verb(stage: str) -> str:
-    return {"activations": "cache", "sae": "train", "sweep": "train"}.get(stage, stage)
+    return {"activations": "cache", "sae": "train", "sweep": "train", "members": "eval"}.get(stage, stage)
 
 
 def _maker(stage: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from saelab_kernels.above import encode_above
 from saelab_kernels.autoencode import Autoencoded, autoencode_topk
-from saelab_kernels.autoencode.gradient import Gradient, batchtopk_gradient, topk_gradient
+from saelab_kernels.autoencode.gradient import Gradient, batchtopk_gradient, chosen_gradient, topk_gradient
 from saelab_kernels.batchtopk import encode_batchtopk
 from saelab_kernels.decode import sparse_decode
 from saelab_kernels.decode.ragged import ragged_decode
@@ -45,6 +45,7 @@ __all__ = [
     "batchtopk_gradient",
     "candidate_gemm",
     "choose",
+    "chosen_gradient",
     "decode_loss",
     "encode_above",
     "encode_batchtopk",

@@ -22,7 +22,7 @@ SUITES = ("core", "full", "toy")
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="Directory of an SAE, or its workspace.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="Directory of an SAE, its workspace, or a sweep.")] = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -76,8 +76,8 @@ def evaluate(
             configs.merge(config, set_ or (), tokens=tokens, arch=arch), out, print_config=print_config, json=json
         )
         return
-    from saelab.evals.labelled import parse
     from saelab.evals.suite import SuiteConfig
+    from saelab.interp.labelled_files import parse
 
     if arch:
         raise ConfigError(f"--arch {arch[0]} belongs to --suite toy; the SAE in RUN has its architecture")
@@ -90,11 +90,40 @@ def evaluate(
         return
     if run is None:
         raise ConfigError("eval needs the directory of an SAE; give one, for example: saelab eval runs/demo")
+    if _is_sweep(run):
+        if settings.suite != "core" or against:
+            raise ConfigError(f"{run} is a sweep, whose members get the core suite side by side; name a member")
+        _evaluate_sweep(run, settings, activations, out, device=device, json=json)
+        return
     result = run_evaluation(run, settings, against=against or (), activations=activations, out=out, device=device)
     if json:
         emit(result)
     else:
         print(as_text(result))
+
+
+def _is_sweep(run: Path) -> bool:
+    from saelab import rundir
+
+    return (run / "run.json").exists() and rundir.read_run(run)["stage"] == "sweep"
+
+
+def _evaluate_sweep(
+    sweep: Path, settings: SuiteConfig, activations: Path | None, out: Path | None, *, device: str | None, json: bool
+) -> None:
+    """The members of a sweep, with the settings of the core."""
+    from dataclasses import fields
+
+    from saelab import rundir
+    from saelab.activations.store import ActivationStore
+    from saelab.cli.sweep import evaluate_sweep
+    from saelab.evals.reconstruction import EvalConfig
+
+    config = EvalConfig(**{field.name: getattr(settings, field.name) for field in fields(EvalConfig)})
+    found = rundir.find(activations, "activations") if activations else rundir.parent(sweep, "activations")
+    store = ActivationStore.open(found)
+    store.verify()
+    evaluate_sweep(sweep, config, store, device=device, json=json, out=out)
 
 
 def run_evaluation(

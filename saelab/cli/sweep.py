@@ -12,6 +12,7 @@ from saelab.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from saelab.activations.store import ActivationStore
+    from saelab.evals.reconstruction import EvalConfig
     from saelab.train.config import TrainConfig
     from saelab.train.sweep import Comparison, Stream
 
@@ -39,6 +40,7 @@ def start_sweep(
     if store is None:
         raise ConfigError("a sweep needs activations; make some with saelab cache, which captures several --hook")
     base, blocks = read_grid(configs.read_mapping(file))
+    evaluation = _evaluation(base.pop("eval", None), second)
     if expansion is not None:
         flags["expansion"] = expansion
     for name in configs.flattened(flags):
@@ -51,7 +53,23 @@ def start_sweep(
     members = members_of(configs.merged(base, flags), blocks, resolve)
     out = out or store.path.parent / "sweep"
     rundir.refuse_taken(out)
-    run_sweep(members, store, out, device=device, second=second, json=json)
+    run_sweep(members, store, out, device=device, second=second, json=json, evaluation=evaluation)
+
+
+def _evaluation(settings: Any, second: ActivationStore | None) -> EvalConfig | None:
+    """What to measure after the training, from the [eval] block of the file; None without one."""
+    from saelab import config as configs
+    from saelab.evals.reconstruction import EvalConfig
+
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"eval must be a table of settings, got {settings!r}; write [eval] and below it tokens = 50_000"
+        )
+    if second is not None:
+        raise ConfigError("[eval] measures SAEs of one model's activations; leave it out with --with and --minus")
+    return configs.from_mapping(EvalConfig, settings)
 
 
 def _expansion(value: Any) -> float | None:
@@ -71,14 +89,19 @@ def run_sweep(
     device: str | None,
     second: ActivationStore | None,
     json: bool,
+    evaluation: EvalConfig | None = None,
 ) -> None:
     """Train ``members`` (None: those that were begun in ``out``), and print how they compare.
+
+    ``evaluation``, or that which was asked for when ``out`` was begun, follows the training.
 
     Raises:
         TrainingError: some of them failed; the others are finished all the same.
     """
+    from saelab import config as configs
     from saelab import dist, rundir
     from saelab.cli.train import gamma_of, source_of, verified
+    from saelab.evals.reconstruction import EvalConfig
     from saelab.models.load import checked_device
     from saelab.train.plan import memory_bytes_together
     from saelab.train.sources import batches_of, metadata_of
@@ -88,7 +111,10 @@ def run_sweep(
     device = checked_device(device)
     parents = verified(store, second)
     resume = members is None
-    members = begun(out) if members is None else members
+    if members is None:
+        members = begun(out)
+        settings = rundir.read_run(out, "sweep")["config"].get("eval")
+        evaluation = None if settings is None else configs.from_mapping(EvalConfig, settings)
     groups = streams_of(members)
     d_in = store.d_in(store.hook_names[0])
     n_bytes = max(memory_bytes_together(group.values(), d_in) for group in groups)
@@ -115,10 +141,61 @@ def run_sweep(
         f"up to {human_bytes(n_bytes)} of memory at a time"
     )
     with rundir.only_writer(out):
-        run = rundir.StageWriter.resume(out, stage="sweep") if resume else begin(out, members, parents=parents)
+        run = (
+            rundir.StageWriter.resume(out, stage="sweep")
+            if resume
+            else begin(
+                out,
+                members,
+                parents=parents,
+                evaluation=None if evaluation is None else configs.to_mapping(evaluation),
+            )
+        )
         with progress_bar("train") as progress:
             rows = train_sweep(run, members, open_stream, parents=parents, device=device, progress=progress)
-    _report_sweep(out, rows, json=json)
+    _report_sweep(out, rows, json=json and evaluation is None)
+    if evaluation is not None:
+        evaluate_sweep(out, evaluation, store, device=device, json=json)
+
+
+def evaluate_sweep(
+    sweep: Path, config: EvalConfig, store: ActivationStore, *, device: str | None, json: bool, out: Path | None = None
+) -> None:
+    """Evaluate every member of ``sweep`` on the same held-out text, write ``eval/`` into it, and print the table.
+
+    Raises:
+        ArtifactError: no member is finished, or the activations are another model's.
+    """
+    from saelab import atomic, rundir
+    from saelab import config as configs
+    from saelab.evals.members import as_rows, evaluate_members, members_html, members_markdown, sentences, to_json
+    from saelab.models.load import load_model
+    from saelab.sae.io import load_sae
+
+    out = out or sweep / "eval"
+    rundir.check_replaceable(out, "members")
+    paths = rundir.find_all(sweep, "sae")
+    model = load_model(store.manifest.model.name, device=device)
+    store.check_model(model.weights_sha256)
+    saes = {path.name: load_sae(path).to(model.device) for path in paths}
+    with progress_bar("eval") as progress:
+        results = evaluate_members(saes, store, model, config, progress=progress)
+    result = to_json(results, config)
+    parents = {path.name: path for path in paths} | {"activations": store.path}
+    with atomic.replacing_directory(out) as folder:
+        writer = rundir.StageWriter.create(folder, stage="members", config=configs.to_mapping(config), parents=parents)
+        atomic.write_json(folder / rundir.STAGES["members"], result)
+        atomic.write_bytes(folder / "report.md", members_markdown(results).encode())
+        atomic.write_bytes(folder / "report.html", members_html(results).encode())
+        writer.finish()
+    if json:
+        emit({"path": str(sweep), **result})
+    else:
+        header, rows = as_rows(results)
+        print(table(rows, header=header))
+        for sentence in sentences(results):
+            print(sentence)
+    say(f"written to {out}; to read: {out / 'report.html'}")
 
 
 def _report_sweep(out: Path, rows: list[Comparison], *, json: bool) -> None:
@@ -132,7 +209,7 @@ def _report_sweep(out: Path, rows: list[Comparison], *, json: bool) -> None:
     if failed:
         names = ", ".join(row.name for row in failed)
         raise TrainingError(f"{len(failed)} of {len(rows)} SAEs in {out} failed ({names}): {failed[0].state}")
-    say(f"trained {len(rows)} SAEs in {out}; next: saelab eval {out}/{rows[0].name}")
+    say(f"trained {len(rows)} SAEs in {out}; next: saelab eval {out}")
 
 
 def _short(value: float | int | None) -> str:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.errors import ConfigError
 from saelab.sae.auxk import auxk_term, check_settings
-from saelab.sae.base import SAE, SAELoss
+from saelab.sae.base import SAELoss, SparseActs, TrainingGradient
+from saelab.sae.gradient import with_auxk
+from saelab.sae.token_top import TokenTop
+from saelab_kernels import chosen_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,17 @@ class GroupMaxConfig:
             )
 
 
-class GroupMax(SAE):
+class GroupMax(TokenTop):
     cfg: GroupMaxConfig
 
     def __init__(self, cfg: GroupMaxConfig, d_in: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(cfg, d_in, generator=generator)
+
+    def encode_sparse(self, acts: Float[Tensor, "batch d_in"]) -> SparseActs:
+        """The largest feature of each group, in the order of the groups; 0 where none of a group is positive."""
+        grouped = self.pre_acts(acts).unflatten(-1, (self.cfg.k, -1))
+        top_acts, places = grouped.max(-1)
+        return SparseActs(top_acts.relu(), places + self._first_of_group(acts.device))
 
     def training_loss(
         self,
@@ -68,8 +77,18 @@ class GroupMax(SAE):
             l0=active.sum(dtype=acts.dtype) / len(acts),
         )
 
-    def _activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        grouped = pre_acts.relu().unflatten(-1, (self.cfg.k, -1))
-        largest = grouped.argmax(-1, keepdim=True)
-        kept = torch.zeros_like(grouped).scatter(-1, largest, grouped.gather(-1, largest))
-        return kept.flatten(-2)
+    @torch.no_grad()
+    def training_gradient(
+        self,
+        acts: Float[Tensor, "batch d_in"],
+        *,
+        dead: Bool[Tensor, " d_sae"] | None = None,
+        progress: float = 1.0,
+    ) -> TrainingGradient:
+        """``training_loss`` and its gradient."""
+        acts = self._checked(acts)
+        gradient = chosen_gradient(acts, acts - self.b_dec, self.layer, *self.encode_sparse(acts))
+        return with_auxk(self, gradient, dead)
+
+    def _first_of_group(self, device: torch.device) -> Int[Tensor, " k"]:
+        return torch.arange(0, self.d_sae, self.d_sae // self.cfg.k, device=device)

@@ -94,12 +94,20 @@ def streams_of(members: Mapping[str, TrainConfig]) -> list[dict[str, TrainConfig
     return list(groups.values())
 
 
-def begin(out: Path, members: Mapping[str, TrainConfig], *, parents: Mapping[str, Path]) -> StageWriter:
-    """Start the directory of a sweep; its members come to lie in it, each a stage directory like any other."""
+def begin(
+    out: Path, members: Mapping[str, TrainConfig], *, parents: Mapping[str, Path], evaluation: Settings | None = None
+) -> StageWriter:
+    """Start the directory of a sweep; its members come to lie in it, each a stage directory like any other.
+
+    ``evaluation``, settings for what is to follow the training, is kept for whoever resumes the sweep.
+    """
     return StageWriter.create(
         out,
         stage="sweep",
-        config={"members": {name: configs.to_mapping(config) for name, config in members.items()}},
+        config={
+            "members": {name: configs.to_mapping(config) for name, config in members.items()},
+            "eval": evaluation,
+        },
         parents=parents,
     )
 

@@ -91,6 +91,33 @@ def test_a_failed_member_is_in_the_exit_code_and_the_others_are_finished(workspa
     assert sl.load_sae(tmp_path / "sweep" / "relu-l1_coefficient0.1").d_sae == 32
 
 
+def test_an_eval_block_measures_every_member_on_the_same_held_out_text(workspace: Path, tmp_path: Path, grid: Path):
+    grid.write_text(GRID + "\n[eval]\ntokens = 200\ndraws = 50\n")
+    out = tmp_path / "sweep"
+    result = saelab("train", workspace, "--sweep", grid, "--out", out, "--json")
+    assert result.code == 0, result.err
+    members = {member["name"]: member for member in json.loads(result.out)["members"]}
+    assert len(members) == 6
+    alone = saelab(
+        "eval", out / "topk-d_sae64-k2", "--tokens", 200, "--set", "draws=50", "--json", "--out", tmp_path / "e"
+    )
+    assert alone.code == 0, alone.err
+    assert members["topk-d_sae64-k2"]["metrics"] == json.loads(alone.out)["metrics"]
+    assert "explained_variance" in (out / "eval" / "report.md").read_text()
+    again = saelab("eval", out, "--tokens", 200, "--set", "draws=50")
+    assert again.code == 0, again.err
+    assert [line.split()[0] for line in again.out.splitlines()[1:7]] == sorted(members)
+    assert "[members]  finished" in saelab("show", out / "eval").out
+
+
+def test_a_sweep_has_no_full_suite(workspace: Path, tmp_path: Path, grid: Path):
+    out = tmp_path / "sweep"
+    assert saelab("train", workspace, "--sweep", grid, "--out", out).code == 0
+    refused = saelab("eval", out, "--suite", "full")
+    assert refused.code == 2
+    assert "name a member" in refused.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -8,6 +8,7 @@ import torch
 from saelab.errors import ConfigError
 from saelab.sae.groupmax import GroupMax, GroupMaxConfig
 from saelab.sae.io import new_sae
+from saelab_kernels.step import reference as step_reference
 
 D_IN, D_SAE, K = 6, 24, 4
 
@@ -102,3 +103,22 @@ def test_not_a_number_shows():
 def test_groups_must_be_equal():
     with pytest.raises(ConfigError, match="k must divide d_sae=24 into equal groups, got 5"):
         GroupMaxConfig(d_sae=D_SAE, k=5)
+
+
+@pytest.mark.parametrize("n_dead", [0, 3])
+def test_the_sparse_gradient_is_that_of_autograd(n_dead: int):
+    sae, twin, acts = make(), make(), torch.randn(33, D_IN)
+    dead = torch.arange(D_SAE) < n_dead
+    losses = twin.training_loss(acts, dead=dead)
+    losses.total.backward()
+    gradient = sae.training_gradient(acts, dead=dead)
+    for ours, theirs in zip(gradient.losses, losses, strict=True):
+        torch.testing.assert_close(ours, theirs.detach())
+    whole = step_reference.written_out(gradient.sparse)
+    for name, grad in (
+        ("encoder", whole.W_enc),
+        ("W_dec", whole.W_dec),
+        ("b_enc", whole.b_enc),
+        ("b_dec", whole.b_dec),
+    ):
+        torch.testing.assert_close(grad, getattr(twin, name).grad, rtol=1e-4, atol=1e-6)

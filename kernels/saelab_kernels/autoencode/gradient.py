@@ -37,12 +37,20 @@ def topk_gradient(x: Tensor, layer: Layer, k: int) -> Gradient:
     """
     centred = x - layer.b_dec
     top = encode_topk(centred, layer.W_enc, layer.b_enc, k)
-    decoded = decode_loss(top.top_acts, top.top_indices, layer.W_dec, layer.b_dec, x)
-    pre_grad = decoded.acts_grad.div_(x.numel()).mul_(top.top_acts > 0)
-    pairs = pairs_by_feature(top.top_indices, len(layer.W_enc))
-    loss = decoded.loss.sum() / x.numel()
-    sparse = _factors(pairs, top.top_acts, pre_grad, decoded.error, centred, layer)
-    return Gradient(loss, decoded.error, top.top_acts, top.top_indices, sparse)
+    return chosen_gradient(x, centred, layer, top.top_acts, top.top_indices)
+
+
+@torch.no_grad()
+def chosen_gradient(x: Tensor, centred: Tensor, layer: Layer, acts: Tensor, features: Tensor) -> Gradient:
+    """The same with k features a token that were chosen otherwise, whose acts are ReLU(centred @ W_enc.T + b_enc).
+
+    x and centred = x - b_dec [N, d], acts and features [N, k]; no feature twice in a row.
+    """
+    decoded = decode_loss(acts, features, layer.W_dec, layer.b_dec, x)
+    pre_grad = decoded.acts_grad.div_(x.numel()).mul_(acts > 0)
+    pairs = pairs_by_feature(features, len(layer.W_enc))
+    sparse = _factors(pairs, acts, pre_grad, decoded.error, centred, layer)
+    return Gradient(decoded.loss.sum() / x.numel(), decoded.error, acts, features, sparse)
 
 
 @torch.no_grad()
