@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 from urllib.parse import urlencode
@@ -60,8 +61,8 @@ class Filters:
         return cls(
             q=query.get("q", "")[:200],
             kinds=tuple(kind for kind in KINDS if kind in query.get("kinds", "").split(",")),
-            low=_decade(query.get("low"), DECADES[0]),
-            high=_decade(query.get("high"), DECADES[-1]),
+            low=_stop(query.get("low"), DECADES, DECADES[0]),
+            high=_stop(query.get("high"), DECADES, DECADES[-1]),
             sort=sort if sort.removeprefix("-") in ORDERS else "",
             page=int(page) if (page := query.get("page", "0")).isascii() and page.isdigit() and len(page) < 7 else 0,
         )
@@ -78,15 +79,6 @@ class Filters:
         return replace(self, page=0)
 
 
-def _decade(text: str | None, default: float) -> float:
-    """The stop of ``DECADES`` nearest to a number in the address."""
-    try:
-        value = float(text) if text else default
-    except ValueError:
-        return default
-    return min(DECADES, key=lambda stop: abs(stop - value)) if value == value else default
-
-
 SteerMode = Literal["completion", "chat"]
 
 
@@ -100,12 +92,102 @@ class SteerSettings:
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> Self:
-        try:
-            strength = float(query.get("strength", "0.6"))
-        except ValueError:
-            strength = 0.6
-        return cls(strength=min(max(round(strength, 2), -2.0), 2.0) if strength == strength else 0.6,
-                   mode="chat" if query.get("mode") == "chat" else "completion")  # fmt: skip
+        strength = _number(query.get("strength"))
+        return cls(
+            strength=cls.strength if strength is None else min(max(round(strength, 2), -2.0), 2.0),
+            mode="chat" if query.get("mode") == "chat" else "completion",
+        )
 
     def query(self) -> dict[str, str]:
         return {"strength": f"{self.strength:g}"} | ({"mode": self.mode} if self.mode != "completion" else {})
+
+
+#: Strengths of the pull to the reference that the lab offers, from a policy close to it to one that has left it.
+BETAS = (4.0, 3.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.015, 0.01)
+PAIRS = (10, 30, 100, 300, 1000, 3000)
+ProxyKind = Literal["linear", "well_specified"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabSettings:
+    """Settings of the preference lab."""
+
+    beta: float = 0.5
+    good: float = 2.0
+    """Place of the answers that are preferred."""
+    bad: float = -1.0
+    pairs: int = 300
+    """Comparisons that the proxy is trained on."""
+    proxy: ProxyKind = "linear"
+
+    @classmethod
+    def from_query(cls, query: Mapping[str, str]) -> Self:
+        """Settings of an address; what cannot be meant is left at its default, what is between stops goes to one."""
+        return cls(
+            beta=_stop(query.get("beta"), BETAS, cls.beta),
+            good=_place(query.get("good"), cls.good),
+            bad=_place(query.get("bad"), cls.bad),
+            pairs=int(_stop(query.get("pairs"), PAIRS, cls.pairs)),
+            proxy="well_specified" if query.get("proxy") == "well_specified" else "linear",
+        )
+
+    def query(self) -> dict[str, str]:
+        numbers = {"beta": self.beta, "good": self.good, "bad": self.bad, "pairs": self.pairs}
+        return {name: f"{value:g}" for name, value in numbers.items()} | (
+            {"proxy": self.proxy} if self.proxy != "linear" else {}
+        )
+
+
+Similarity = Literal["direction", "activation"]
+PairAxis = Literal["density", "norm", "max"]
+
+#: Tokens over which activations of two SAEs can be compared.
+TOKENS = (2048, 8192, 32768)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """Which two SAEs are compared, and how. Names are looked up among the indexed ones."""
+
+    first: str = ""
+    """Empty for the open run's only one."""
+    second: str = ""
+    by: Similarity = "direction"
+    tokens: int = 8192
+    axis: PairAxis = "density"
+
+    @classmethod
+    def from_query(cls, query: Mapping[str, str]) -> Self:
+        axis = query.get("axis")
+        return cls(
+            first=query.get("first", ""),
+            second=query.get("second", ""),
+            by="activation" if query.get("by") == "activation" else "direction",
+            tokens=int(_stop(query.get("tokens"), TOKENS, cls.tokens)),
+            axis="norm" if axis == "norm" else "max" if axis == "max" else "density",
+        )
+
+    def query(self) -> dict[str, str]:
+        """The part of the address that brings these settings back; defaults are left out."""
+        default = CompareSettings()
+        pairs = {name: (str(getattr(self, name)), str(getattr(default, name))) for name in self.__dataclass_fields__}
+        return {name: value for name, (value, usual) in pairs.items() if value != usual}
+
+
+def _number(text: str | None) -> float | None:
+    """A finite number, or None."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _stop(text: str | None, stops: Sequence[float], default: float) -> float:
+    value = _number(text)
+    return default if value is None else min(stops, key=lambda stop: abs(stop - value))
+
+
+def _place(text: str | None, default: float) -> float:
+    value = _number(text)
+    return default if value is None else round(min(max(value, -4.0), 4.0), 1)

@@ -1,8 +1,4 @@
-"""Vega-Lite pictures as plain dictionaries: building Altair objects for the same pictures takes seven times longer.
-
-Every scale has its domain written out. The browser draws a picture before its data arrive, and would complain that it
-cannot find the extent of nothing.
-"""
+"""The pictures of features and of one training."""
 
 from __future__ import annotations
 
@@ -13,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from saelab_explorer import vega
 from saelab_explorer.figures import percent
 from saelab_explorer.theme import Palette
-
-Spec = dict[str, Any]
+from saelab_explorer.vega import Spec
 
 #: Name of the selection that a click on a dot makes.
 SELECTION = "feature"
@@ -35,16 +31,16 @@ def histogram(edges: Sequence[float], counts: Sequence[int], palette: Palette) -
     ]
     most = max(max(counts), 2)
     domain = [values[0]["from"] if values else edges[-1] / 2, edges[-1]]
-    return _framed(165, values, palette) | {
+    return vega.framed(165, values) | {
         "mark": {"type": "bar", "color": palette.bar, "binSpacing": 0.6},
         "encoding": {
-            "x": _binned(domain, log=True)
-            | _axis(palette, "activation", grid=False, values=_ones_twos_fives(*domain), format="~g"),
+            "x": vega.binned(domain, log=True)
+            | vega.axis(palette, "activation", grid=False, values=vega.ones_twos_fives(*domain), format="~g"),
             "x2": {"field": "to"},
-            "y": _field("n", [floor, most * 1.15], log=True)
-            | _axis(palette, "tokens", values=_decades(1, most), format="~s"),
+            "y": vega.field("n", [floor, most * 1.15], log=True)
+            | vega.axis(palette, "tokens", values=vega.decades(1, most), format="~s"),
             "y2": {"field": "floor"},
-            "tooltip": [_told("range", None, "activation"), _told("n", ",", "tokens")],
+            "tooltip": [vega.told("range", None, "activation"), vega.told("n", ",", "tokens")],
         },
     }
 
@@ -62,20 +58,20 @@ def densities(density: np.ndarray, palette: Palette, *, n_bins: int = 48) -> Spe
     ]
     domain = [float(edges[0]), float(edges[-1])]
     whole = list(range(math.ceil(domain[0]), math.floor(domain[1]) + 1))
-    return _framed(230, values, palette) | {
+    return vega.framed(230, values) | {
         "mark": {"type": "bar", "color": palette.bar, "binSpacing": 0.6},
         "encoding": {
-            "x": _binned(domain)
-            | _axis(
+            "x": vega.binned(domain)
+            | vega.axis(
                 palette,
                 "share of tokens it fires on",
                 grid=False,
                 values=whole,
-                label=f"{_PERCENT.format('datum.value')}",
+                label=f"{vega.PERCENT.format('datum.value')}",
             ),
             "x2": {"field": "to"},
-            "y": _field("n", [0, float(counts.max()) * 1.05]) | _axis(palette, "features", ticks=4),
-            "tooltip": [_told("n", ",", "features"), _told("range", None, "fire on")],
+            "y": vega.field("n", [0, float(counts.max()) * 1.05]) | vega.axis(palette, "features", ticks=4),
+            "tooltip": [vega.told("n", ",", "features"), vega.told("range", None, "fire on")],
         },
     }
 
@@ -95,21 +91,26 @@ def density_by_max(density: np.ndarray, max_act: np.ndarray, labels: Sequence[st
         }
         for i in alive
     ]
-    across, up = _roomy(density[alive]), _roomy(max_act[alive])
-    return _framed(310, values, palette) | {
+    across, up = vega.roomy(density[alive]), vega.roomy(max_act[alive])
+    return vega.framed(310, values) | {
         "params": [{"name": SELECTION, "select": {"type": "point", "fields": ["feature"], "on": "click"}}],
         "mark": {"type": "circle", "size": 22, "color": palette.bar, "opacity": 0.5, "cursor": "pointer"},
         "encoding": {
-            "x": _field("density", across, log=True)
-            | _axis(
+            "x": vega.field("density", across, log=True)
+            | vega.axis(
                 palette,
                 "share of tokens it fires on",
-                values=_decades(*across),
-                label=_PERCENT.format("log(datum.value) / log(10)"),
+                values=vega.decades(*across),
+                label=vega.PERCENT.format("log(datum.value) / log(10)"),
             ),
-            "y": _field("max", up, log=True)
-            | _axis(palette, "largest activation", values=_ones_twos_fives(*up), format="~g"),
-            "tooltip": [_told("feature"), _told("label"), _told("share", None, "fires on"), _told("max", ".2f")],
+            "y": vega.field("max", up, log=True)
+            | vega.axis(palette, "largest activation", values=vega.ones_twos_fives(*up), format="~g"),
+            "tooltip": [
+                vega.told("feature"),
+                vega.told("label"),
+                vega.told("share", None, "fires on"),
+                vega.told("max", ".2f"),
+            ],
         },
     }
 
@@ -136,95 +137,13 @@ def curve(
     values = [point["value"] for point in kept]
     # the first steps of a training fall so far that nothing else would be seen; they are cut off at the top
     top = max(values[len(values) // 50 :]) or 1.0
-    return _framed(150, kept, palette) | {
-        "title": {
-            "text": title,
-            "anchor": "start",
-            "fontSize": 12,
-            "fontWeight": 600,
-            "color": palette.muted,
-            "offset": 6,
-        },
+    return vega.framed(150, kept) | {
+        "title": vega.title(title, palette),
         "mark": {"type": "line", "color": palette.bar, "strokeWidth": 1.8, "clip": True},
         "encoding": {
-            "x": _field("tokens", [kept[0]["tokens"], kept[-1]["tokens"]])
-            | _axis(palette, None, format="~s", grid=False, ticks=4),
-            "y": _field("value", [0, top * 1.05]) | _axis(palette, None, format=format, ticks=3),
-            "tooltip": [_told("tokens", ","), _told("value", ".4g", title)],
+            "x": vega.field("tokens", [kept[0]["tokens"], kept[-1]["tokens"]])
+            | vega.axis(palette, None, format="~s", grid=False, ticks=4),
+            "y": vega.field("value", [0, top * 1.05]) | vega.axis(palette, None, format=format, ticks=3),
+            "tooltip": [vega.told("tokens", ","), vega.told("value", ".4g", title)],
         },
     }
-
-
-#: Vega expression that writes 10 to the given power as a percentage.
-_PERCENT = "format(pow(10, round({}) + 2), '~r') + ' %'"
-
-
-def _framed(height: int, values: list[dict[str, Any]], palette: Palette) -> Spec:
-    return {
-        "height": height,
-        "background": "transparent",
-        "data": {"values": values},
-        "config": {"view": {"stroke": None}, "legend": {"disable": True}},
-    }
-
-
-def _field(name: str, domain: Sequence[float], *, log: bool = False) -> Spec:
-    return {
-        "field": name,
-        "type": "quantitative",
-        "scale": {"domain": list(domain), "nice": False} | ({"type": "log"} if log else {"zero": False}),
-    }
-
-
-def _binned(domain: Sequence[float], *, log: bool = False) -> Spec:
-    return _field("from", domain, log=log) | {"bin": {"binned": True}}
-
-
-def _axis(
-    palette: Palette,
-    title: str | None,
-    *,
-    format: str | None = None,
-    grid: bool = True,
-    ticks: int = 5,
-    values: Sequence[float] | None = None,
-    label: str | None = None,
-) -> Spec:
-    axis = {
-        "title": title,
-        "titleFontWeight": 400,
-        "titleFontSize": 11,
-        "titleColor": palette.muted,
-        "titlePadding": 8,
-        "labelFontSize": 11,
-        "labelColor": palette.muted,
-        "tickCount": ticks,
-        "tickColor": palette.line_strong,
-        "grid": grid,
-        "gridColor": palette.line,
-        "domain": False,
-    }
-    given = {"format": format, "values": values, "labelExpr": label}
-    return {"axis": axis | {name: value for name, value in given.items() if value is not None}}
-
-
-def _told(field: str, format: str | None = None, title: str | None = None) -> Spec:
-    """A line of a tooltip."""
-    return {"field": field, "title": title or field} | ({"format": format} if format else {})
-
-
-def _roomy(values: np.ndarray) -> list[float]:
-    """A logarithmic domain with some room at both ends."""
-    return [float(values.min()) * 0.8, float(values.max()) * 1.25]
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten from ``low`` to ``high``."""
-    return [10.0**power for power in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
-
-
-def _ones_twos_fives(low: float, high: float) -> list[float]:
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [
-        value for power in powers for value in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if low <= value <= high
-    ]

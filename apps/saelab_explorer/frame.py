@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -18,8 +19,9 @@ from saelab_explorer.launch import ROOT_VARIABLE, RUN_VARIABLE
 from saelab_explorer.runs import Run, find_runs
 
 HERE = Path(__file__).parent
-OVERVIEW, FEATURES, FEATURE, PROMPT, STEER = (
-    f"views/{name}.py" for name in ("overview", "features", "feature", "prompt", "steer")
+OVERVIEW, FEATURES, FEATURE, PROMPT, COMPARE, STEER, PREFERENCE, TRAININGS = (
+    f"views/{name}.py"
+    for name in ("overview", "features", "feature", "prompt", "compare", "steer", "preference", "runs")
 )
 
 # keys of the session: the page's memory where the address bar was emptied by a click on the navigation
@@ -36,12 +38,15 @@ def palette() -> theme.Palette:
     return theme.PALETTES["dark" if st.context.theme.type == "dark" else "light"]
 
 
-def choose_run() -> Run:
-    """The run of the address, else the one open before, else the launcher's; with a selector in the sidebar.
+def choose_run(*, needed: bool = True) -> None:
+    """Open the run of the address, else the one open before, else the launcher's; with a selector in the sidebar.
 
-    A page that cannot go on ends here: no runs at all, or an address that names none of them.
+    A page that cannot go on ends here: it needs a run and there is none, or the address names none of them.
     """
     runs = find_runs(root())
+    if not runs and not needed:
+        st.session_state.pop(_RUN, None)
+        return
     if not runs:
         snippets.draw(
             snippets.empty(
@@ -64,12 +69,16 @@ def choose_run() -> Run:
     with st.sidebar:
         st.selectbox("Run", list(runs), key=_CHOICE, on_change=_run_chosen)
     st.session_state[_RUN] = name
-    return runs[name]
 
 
 def run() -> Run:
     """The run that is open."""
     return find_runs(root())[st.session_state[_RUN]]
+
+
+def run_name() -> str | None:
+    """The name of the run that is open, for pages that can do without one."""
+    return st.session_state.get(_RUN)
 
 
 def index() -> sl.FeatureIndex:
@@ -93,9 +102,14 @@ def gap(title: str, why: str, command: str) -> NoReturn:
     raise AssertionError("st.stop ends the page")
 
 
+def failure(sentence: str) -> None:
+    """Say what went wrong. Names from the address may stand in it, and must not become links, pictures or formulas."""
+    st.error(re.sub(r"([\\`*_\[\]<>$~])", r"\\\1", sentence), icon=":material/error:")
+
+
 def dead_end(sentence: str, page: str, label: str, query: Mapping[str, str]) -> NoReturn:
     """Say what is wrong with the address, offer a way on, and end the page."""
-    st.error(sentence, icon=":material/error:")
+    failure(sentence)
     st.page_link(page, label=label, icon=":material/arrow_forward:", query_params=dict(query))
     st.stop()
     raise AssertionError("st.stop ends the page")
@@ -133,13 +147,24 @@ def first_feature(index: sl.FeatureIndex) -> int:
     return int(np.where(rare, f1, 0).argmax())
 
 
-def show_address(query: Mapping[str, str] | None = None) -> None:
-    """Make the address bar name the run and ``query``, and remember the feature for the next page."""
-    wanted = {"run": run().name, **(query or {})}
-    if wanted.get("feature") is not None:
-        st.session_state[_FEATURE] = int(wanted["feature"])
-    if st.query_params.to_dict() != wanted:
-        st.query_params.from_dict(wanted)
+def show_address(query: Mapping[str, str | list[str]] | None = None) -> None:
+    """Make the address bar name the open run and ``query``, and remember the feature for the next page.
+
+    A list stands there as one entry for each of its items.
+    """
+    wanted: dict[str, str | list[str]] = {**({"run": name} if (name := run_name()) else {}), **(query or {})}
+    feature = wanted.get("feature")
+    if isinstance(feature, str):
+        st.session_state[_FEATURE] = int(feature)
+    listed = {key: value if isinstance(value, list) else [value] for key, value in wanted.items() if value}
+    if {key: st.query_params.get_all(key) for key in st.query_params} != listed:
+        st.query_params.from_dict(listed)
+
+
+def change_address(changes: Mapping[str, str | list[str] | None]) -> None:
+    """A callback's way to put ``changes`` into the address; None and an empty list take an entry out."""
+    kept = {key: st.query_params.get_all(key) for key in st.query_params if key not in changes}
+    st.query_params.from_dict({**kept, **{key: value for key, value in changes.items() if value}})
 
 
 def go_to_feature(feature: int) -> None:

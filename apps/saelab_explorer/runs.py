@@ -47,7 +47,7 @@ class Run:
 
     def begun(self, stage: str) -> Path | None:
         """The directory of ``stage``, finished or not; the one named like the stage where there are several."""
-        found = [path for path in _stage_directories(self.path) if _stage_of(path) == stage]
+        found = [path for path in stage_directories(self.path) if stage_of(path) == stage]
         return min(found, key=lambda path: (path.name != stage, path.name), default=None)
 
 
@@ -66,7 +66,7 @@ def find_runs(root: Path) -> dict[str, Run]:
 
 def is_run(path: Path) -> bool:
     """Whether ``path`` holds at least one stage directory."""
-    return any(_stage_of(inner) in rundir.STAGES for inner in _stage_directories(path))
+    return any(stage_of(inner) in rundir.STAGES for inner in stage_directories(path))
 
 
 def root_and_name(path: Path, run: str | None) -> tuple[Path, str | None]:
@@ -77,12 +77,17 @@ def root_and_name(path: Path, run: str | None) -> tuple[Path, str | None]:
         ConfigError: the root has no run of that name.
     """
     path = path.resolve()
-    if path.is_dir() and is_run(path) and run is None:
+    if path.is_dir() and is_run(path) and not _holds_runs(path) and run is None:
         return path.parent, path.name
     runs = find_runs(path)
     if run is not None and run not in runs:
         raise ConfigError(f"{path} holds no run {run!r}; " + (nearest(run, runs) if runs else "it holds no run at all"))
     return path, run
+
+
+def _holds_runs(path: Path) -> bool:
+    """Whether ``path`` holds workspaces, also where trained models, which are stages, lie beside them."""
+    return any(stage_of(inner) is None and is_run(inner) for inner in stage_directories(path))
 
 
 def read_curves(run: Run) -> list[dict[str, Any]]:
@@ -160,11 +165,15 @@ def _json_or_empty(file: Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def _stage_directories(path: Path) -> list[Path]:
-    return sorted(inner for inner in path.iterdir() if inner.is_dir() and ".part-" not in inner.name)
+def stage_directories(path: Path) -> list[Path]:
+    """Directories in ``path`` that may be stages; none where it may not be read, so that it hides no other."""
+    try:
+        return sorted(inner for inner in path.iterdir() if inner.is_dir() and ".part-" not in inner.name)
+    except PermissionError:
+        return []
 
 
-def _stage_of(path: Path) -> str | None:
+def stage_of(path: Path) -> str | None:
     """The stage that a directory says it is; None where it says nothing readable: one bad run hides no other."""
     if (path / "run.json").exists():
         try:

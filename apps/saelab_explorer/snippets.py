@@ -36,6 +36,11 @@ def feature_heading(label: Sequence[Part], *, kicker: str, sub_markup: str, quie
     return _head(kicker, _tag("h1", label_markup(label), "sx-title quiet" if quiet else "sx-title"), sub_markup)
 
 
+def small_heading(label_markup: str, *, kicker: str) -> str:
+    """A feature's name where two of them stand side by side."""
+    return _tag("div", _tag("div", escaped(kicker), "sx-kicker") + _tag("h3", label_markup, "sx-small"), "sx-head")
+
+
 def label_markup(label: Sequence[Part]) -> str:
     """A label with its tokens as chips."""
     return " ".join(token(part.text) if part.is_token else escaped(part.text) for part in label)
@@ -115,10 +120,30 @@ def effects(promoted: Sequence[tuple[str, float]], suppressed: Sequence[tuple[st
     return _tag("div", side("Promotes", "up", promoted) + side("Suppresses", "down", suppressed), "sx-effects")
 
 
+def strip(tokens: Sequence[str], acts: Sequence[float], peak: int, max_act: float, *, n_steps: int = 5) -> str:
+    """A text coloured by activation, without a script; ``acts[peak]`` is printed in front of it."""
+
+    def one(i: int, text: str, act: float) -> str:
+        step = f"sx-step{min(n_steps, 1 + int(n_steps * act / max_act))}" if act > 0 else ""
+        style = " ".join(filter(None, (step, "peak" if i == peak else "")))
+        return _tag("span", escaped(visible(text)), style, title=f"{act:.3f}" if act > 0 else "")
+
+    value = _tag("span", f"{acts[peak]:.2f}", "value")
+    return _tag("div", value + "".join(map(one, range(len(tokens)), tokens, acts)), "sx-strip")
+
+
 def legend(max_act: float) -> str:
     """The five steps of activation in words."""
     words = f"five steps up to {max_act:.2f}; underlined: the token the text was chosen for"
     return _tag("div", _tag("span", "<i></i>" * 5, "steps") + _tag("span", words), "sx-legend")
+
+
+def series(names: Sequence[str]) -> str:
+    """What the curves of a picture are called, in the order of their colours."""
+    marks = "".join(
+        _tag("span", _tag("i", "", f"sx-line{n + 1}") + _tag("bdi", escaped(name))) for n, name in enumerate(names)
+    )
+    return _tag("div", marks, "sx-series")
 
 
 def answer(
@@ -136,7 +161,7 @@ def empty(title: str, text: str) -> str:
     return _tag("div", _tag("b", escaped(title)) + escaped(text), "sx-empty")
 
 
-def chain(header: Sequence[str], rows: Sequence[Sequence[str]], *, long: int) -> str:
+def chain(header: Sequence[str], rows: Sequence[Sequence[str]], *, long: int | None = None) -> str:
     """A plain table in which only the column ``long`` may break its lines; it is set in monospace, as commands are."""
 
     def cell(i: int, text: str) -> str:

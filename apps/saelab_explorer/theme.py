@@ -22,6 +22,8 @@ class Palette(NamedTuple):
     baseline: str
     """Unsteered, on every page."""
     steered: str
+    series: tuple[str, str, str, str, str, str]
+    """Curves that are compared, in order. Each also has a dash pattern of its own, for those who see no hue."""
     bar: str
     """Histogram bars and curves."""
     muted: str
@@ -43,6 +45,7 @@ PALETTES: dict[Scheme, Palette] = {
         negative="#2166ac",
         baseline="#0072b2",
         steered="#d55e00",
+        series=("#0072b2", "#d55e00", "#007a5a", "#a0437f", "#8a6a00", "#55524c"),
         bar="#e07b2d",
         muted="#6b675f",
         line="#ebe7df",
@@ -60,6 +63,7 @@ PALETTES: dict[Scheme, Palette] = {
         negative="#67a9cf",
         baseline="#56b4e9",
         steered="#e69f00",
+        series=("#56b4e9", "#e69f00", "#2fc49a", "#e08fc0", "#e8dc4a", "#b8b3a9"),
         bar="#d98d3a",
         muted="#a5a096",
         line="#2a2c31",
@@ -124,11 +128,13 @@ def page_style() -> str:
     pairs = {
         name.replace("_", "-"): (getattr(light, name), getattr(dark, name))
         for name in Palette._fields
-        if "ramp" not in name
+        if isinstance(getattr(light, name), str)
     }
     for step in range(len(light.ramp)):
         pairs[f"step{step + 1}"] = (light.ramp[step], dark.ramp[step])
         pairs[f"on-step{step + 1}"] = (light.ramp_text[step], dark.ramp_text[step])
+    for n in range(len(light.series)):
+        pairs[f"series{n + 1}"] = (light.series[n], dark.series[n])
     # light-dark() follows the colour scheme that Streamlit sets on the app, so a change of theme needs no rerun
     properties = "".join(f"--sx-{name}:light-dark({one},{other});" for name, (one, other) in pairs.items())
     return f"<style>:root{{{properties}}}{Path(__file__).with_name('page.css').read_text('utf-8')}</style>"

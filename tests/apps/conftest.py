@@ -39,7 +39,7 @@ def verb(*arguments: object) -> None:
 
 @pytest.fixture(scope="session")
 def root(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the runs ``small``, ``indexed`` and ``hostile``."""
+    """A directory with the runs ``small``, ``twin`` (another seed), ``indexed`` and ``hostile``."""
     from saelab.features.planted import plant_index
 
     root = tmp_path_factory.mktemp("explorer") / "runs"
@@ -53,6 +53,8 @@ def root(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     verb("train", small, "--k", 4, "--expansion", 3, *steps)
     verb("eval", small, "--set", "draws=50")
     verb("index", small)
+    verb("train", small, "--k", 4, "--expansion", 3, *steps, "--seed", 1, "--out", root / "twin" / "sae")
+    verb("index", root / "twin")
     plant_index(root / "indexed", n_features=120, n_rows=160)
     shutil.copytree(root / "indexed", root / "hostile")
     make_hostile(root / "hostile" / "index")

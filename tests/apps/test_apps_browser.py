@@ -146,6 +146,7 @@ def test_a_reader_walks_from_the_overview_to_a_steered_text(page: Any, site: str
     page.get_by_label("Search").press("Enter")
     expect(page.get_by_text("for rope, best match first")).to_be_visible()
     assert address_of(page)[1] == {"run": "small", "q": "rope"}
+    page.wait_for_selector(READY)  # until then the rows may be those of before the search
 
     row = page.locator("tbody tr").first
     feature = row.locator("a").inner_text()
@@ -202,6 +203,83 @@ def test_hostile_tokens_stay_text(page: Any, site: str):
     assert page.locator("span.token script, span.token img, table img, table script, .sx-title img").count() == 0
 
 
+def test_evidence_is_checked_and_saved_as_every_kind_of_file(page: Any, site: str, tmp_path: Path):
+    go(page, f"{site}feature?run=small&feature=3")
+    page.get_by_role("button", name="Take it away where it fires").click()
+    expect(page.get_by_text("Causal check")).to_be_visible()
+    expect(page.get_by_text("excerpts", exact=False).last).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="more_horiz").click()
+    kinds = {"JSON": b"{", "HTML": b"<!doctype html>", "PNG": b"\x89PNG"}
+    for kind, begins in kinds.items():
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f"Save as {kind}").click()
+        file = tmp_path / download.value.suggested_filename
+        download.value.save_as(file)
+        assert file.name == f"small_feature_3.{kind.lower()}"
+        assert file.read_bytes().startswith(begins)
+    width, height = (int.from_bytes((tmp_path / "small_feature_3.png").read_bytes()[at : at + 4]) for at in (16, 20))
+    assert width == 2480
+    assert height > 600
+
+
+def test_a_hostile_card_becomes_a_picture_in_which_nothing_runs(page: Any, site: str, tmp_path: Path):
+    go(page, f"{site}feature?run=hostile&feature=0")
+    page.get_by_role("button", name="more_horiz").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save as PNG").click()
+    download.value.save_as(tmp_path / "card.png")
+    assert (tmp_path / "card.png").stat().st_size > 20_000
+    assert page.evaluate("window.pwned") is None
+
+
+def test_the_lab_answers_to_the_keyboard_and_its_link_brings_it_back(page: Any, site: str, context: Any):
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    go(page, f"{site}preference?run=small&beta=0.5")
+    expect(page.locator('[data-testid="stVegaLiteChart"]')).to_have_count(2, timeout=60_000)
+    page.wait_for_selector(READY)
+    page.get_by_role("slider").first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_text("At beta 0.3")).to_be_visible()
+    page.wait_for_function("new URLSearchParams(location.search).get('beta') === '0.3'")
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_text("Copied")).to_be_visible()
+    link = page.evaluate("navigator.clipboard.readText()")
+    go(page, link)
+    expect(page.get_by_text("At beta 0.3")).to_be_visible()
+
+
+def test_two_saes_are_compared_dot_by_dot_and_row_by_row(page: Any, site: str):
+    go(page, f"{site}compare?run=small")
+    expect(page.locator('[data-testid="stVegaLiteChart"]')).to_have_count(2, timeout=60_000)
+    page.locator("tbody tr").nth(1).locator("td.bar").click()
+    expect(page.get_by_text("and its nearest", exact=False).first).to_be_visible()
+    feature = address_of(page)[1]["feature"]
+    dots = page.locator('[data-testid="stVegaLiteChart"]').nth(1).locator("path[aria-roledescription=circle]")
+    told = [re.search(r"small: (\d+)", text) for text in dots.evaluate_all(LABELS)]
+    assert len(told) > 10
+    chosen = next(i for i in reversed(range(len(told))) if told[i][1] != feature)
+    dots.nth(chosen).dispatch_event("click")
+    page.wait_for_function("old => new URLSearchParams(location.search).get('feature') !== old", arg=feature)
+    page.get_by_text("Open feature").last.click()
+    expect(page.get_by_role("button", name="Next")).to_be_visible()
+    assert address_of(page)[1]["run"] == "twin"
+
+
+def test_two_trainings_are_laid_over_each_other(page: Any, site: str):
+    go(page, f"{site}runs?run=small&log=small/sae&log=twin/sae")
+    expect(page.get_by_text("What sets them apart")).to_be_visible()
+    expect(page.get_by_role("cell", name="seed", exact=True)).to_be_visible()
+    expect(page.locator('[data-testid="stVegaLiteChart"]')).to_have_count(4)
+
+
+def test_two_texts_are_read_side_by_side(page: Any, site: str):
+    go(page, f"{site}prompt?run=small&two=1")
+    expect(page.locator(".strip .text")).to_have_count(2, timeout=60_000)
+    page.get_by_label("Second text", exact=True).fill("A green frog paints the winter sea.")
+    page.get_by_role("button", name="Read features").click()
+    expect(page.locator(".strip .text").last).to_have_text("A green frog paints the winter sea.", use_inner_text=True)
+
+
 LABELS = "dots => dots.map(dot => dot.getAttribute('aria-label'))"
 
 
@@ -245,11 +323,14 @@ def test_another_run_is_chosen_in_the_sidebar(page: Any, site: str):
     assert address_of(page)[1]["run"] == "small"
 
 
+NEW = ("compare?second=twin&feature=3", "runs?log=small/sae&log=twin/sae", "preference")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_fits_a_narrow_screen_in_both_themes(open_browser: Callable[..., Any], site: str, scheme: str):
     with watched(open_browser(420, 900, scheme), site) as page:
-        for path in ("", "features", "feature", "prompt", "steer"):
-            go(page, f"{site}{path}?run=small")
+        for path in ("", "features", "feature", "prompt", "prompt?two=1", *NEW, "steer"):
+            go(page, f"{site}{path}{'&' if '?' in path else '?'}run=small")
             page.wait_for_timeout(500)
             too_wide = page.evaluate(
                 """() => [...document.querySelectorAll('[data-testid="stMainBlockContainer"] *')]
@@ -260,6 +341,9 @@ def test_every_page_fits_a_narrow_screen_in_both_themes(open_browser: Callable[.
             assert too_wide == [], path
             ground = page.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor")
             assert ground == {"light": "rgb(253, 252, 250)", "dark": "rgb(23, 24, 27)"}[scheme]
+            if folder := os.environ.get("SAELAB_SCREENSHOTS"):
+                name = re.sub(r"\W+", "_", path or "overview")
+                page.screenshot(path=Path(folder) / f"{name}_{scheme}_narrow.png", full_page=True)
 
 
 def test_a_feature_page_comes_within_a_second(page: Any, site: str):

@@ -11,31 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streamlit.testing.v1 import AppTest
+from apptest import APP, opened, rerun, words
 
 import saelab as sl
 from saelab_explorer import frame
-
-APP = str(frame.HERE / "app.py")
-
-
-def opened(page: str = frame.OVERVIEW, **query: str) -> AppTest:
-    """The app at ``page`` with an address, run once."""
-    app = AppTest.from_file(APP, default_timeout=60).switch_page(page)
-    for name, value in query.items():
-        app.query_params[name] = value
-    return rerun(app)
-
-
-def rerun(app: AppTest) -> AppTest:
-    app.run()
-    assert not app.exception, app.exception[0].stack_trace
-    return app
-
-
-def words(app: AppTest) -> str:
-    """All markup and text on the page."""
-    return " ".join([element.proto.body for element in app.get("html")] + [e.value for e in (*app.error, *app.caption)])
 
 
 def test_the_overview_shows_metrics_with_intervals_and_token_counts(shown: Path):
@@ -56,7 +35,7 @@ def test_a_run_without_evaluation_and_sae_says_how_to_make_them(shown: Path):
     assert f"saelab eval {shown.resolve() / 'indexed'}" in [code.value for code in app.code]
 
 
-@pytest.mark.parametrize("page", [frame.FEATURES, frame.FEATURE, frame.PROMPT, frame.STEER])
+@pytest.mark.parametrize("page", [frame.FEATURES, frame.FEATURE, frame.PROMPT, frame.STEER, frame.COMPARE])
 def test_a_missing_artefact_is_answered_by_its_command(page: str, shown: Path, tmp_path: Path, monkeypatch):
     shutil.copytree(shown / "small" / "eval", tmp_path / "bare" / "eval")
     monkeypatch.setenv("SAELAB_EXPLORER_ROOT", str(tmp_path))

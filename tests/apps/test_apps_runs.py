@@ -13,7 +13,7 @@ from saelab_explorer.runs import find_runs, provenance, read_curves, read_evalua
 
 
 def test_every_directory_with_a_stage_is_a_run(root: Path):
-    assert list(find_runs(root)) == ["hostile", "indexed", "small"]
+    assert list(find_runs(root)) == ["hostile", "indexed", "small", "twin"]
 
 
 def test_what_is_no_run_is_left_out(root: Path, tmp_path: Path):

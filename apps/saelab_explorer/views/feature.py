@@ -10,7 +10,10 @@ from itertools import pairwise
 import streamlit as st
 
 import saelab as sl
-from saelab_explorer import address, charts, frame, snippets
+from saelab.errors import ArtifactError
+from saelab_explorer import address, card, charts, frame, snippets
+from saelab_explorer.causal import CausalCheck
+from saelab_explorer.components.picture import save_picture
 from saelab_explorer.components.table import Column, FeatureRow, feature_table
 from saelab_explorer.components.tokens import TokenRow, token_strip
 from saelab_explorer.figures import count, percent
@@ -49,6 +52,8 @@ def show() -> None:
             _histogram(index, record)
     with figures:
         _logits(record)
+        if record.alive:
+            _causal(index, record)
         _neighbours(index, record)
 
 
@@ -61,16 +66,7 @@ def _head(index: sl.FeatureIndex, record: sl.FeatureRecord) -> None:
     with ways:
         _ways(index, record)
     if record.alive:
-        middle, high, highest = record.quantiles
-        facts = {
-            "Density": percent(record.density),
-            "Fired on": f"{count(record.n_fired)} tokens",
-            "Clearly on": count(record.n_clear),
-            "Largest": f"{record.max_act:.2f}",
-            "Mean when on": f"{record.mean_act:.2f}",
-            "Median · 90 % · 99 %": f"{middle:.2f} · {high:.2f} · {highest:.2f}",
-        }
-        snippets.draw(snippets.facts(facts))
+        snippets.draw(snippets.facts(card.facts_of(record)))
 
 
 def _ways(index: sl.FeatureIndex, record: sl.FeatureRecord) -> None:
@@ -83,18 +79,35 @@ def _ways(index: sl.FeatureIndex, record: sl.FeatureRecord) -> None:
         st.button("Random", key="random", on_click=go, args=(_another(index, feature),), shortcut="x")
         if st.button("Steer", key="steer", type="primary", shortcut="s"):
             frame.open_feature(feature, frame.STEER)
-        with st.popover("", icon=":material/more_horiz:", help="Go to a number, save as JSON"):
+        with st.popover("", icon=":material/more_horiz:", help="Go to a number, save as JSON, HTML or PNG"):
             st.session_state["go_to"] = None
             st.number_input(f"Go to feature (0 to {n - 1})", 0, n - 1, key="go_to", step=1, on_change=_typed_number)
-            st.download_button(
-                "Save as JSON",
-                data=lambda: export(index, record),
-                file_name=f"{frame.run().name}_feature_{feature}.json",
-                mime="application/json",
-                on_click="ignore",
-                icon=":material/download:",
-                width="stretch",
-            )
+            _files(index, record)
+
+
+def _files(index: sl.FeatureIndex, record: sl.FeatureRecord) -> None:
+    """The evidence as files, with the causal check if it was made."""
+    # files are made when they are asked for, outside of any session: everything they need is read here
+    run, evidence = frame.run().name, _label_evidence(record)
+    name = f"{run}_feature_{record.index}"
+    check = _checks().get(_check_key(index, record.index))
+    kinds = {
+        "JSON": (lambda: export(run, index, record, check), "application/json"),
+        "HTML": (lambda: card.document(index, record, evidence, check).encode(), "text/html"),
+    }
+    for kind, (data, mime) in kinds.items():
+        st.download_button(
+            f"Save as {kind}",
+            data=data,
+            file_name=f"{name}.{kind.lower()}",
+            mime=mime,
+            on_click="ignore",
+            icon=":material/download:",
+            width="stretch",
+            key=f"save_{kind}",
+        )
+    markup = card.style() + card.body_of(index, record, evidence, check)
+    save_picture("Save as PNG", markup=markup, file_name=f"{name}.png", width=1240, key="save_png")
 
 
 def _label_evidence(record: sl.FeatureRecord) -> str:
@@ -119,11 +132,14 @@ def _typed_number() -> None:
         frame.go_to_feature(int(st.session_state["go_to"]))
 
 
-def export(index: sl.FeatureIndex, record: sl.FeatureRecord) -> bytes:
+def export(run: str, index: sl.FeatureIndex, record: sl.FeatureRecord, check: CausalCheck | None) -> bytes:
     """Everything the page shows, with what it was made from, as JSON."""
     made_from = ("hook_name", "model_name", "model_sha256", "sae_sha256", "activations_sha256", "n_tokens")
     source = {name: getattr(index.manifest, name) for name in made_from}
-    content = {"run": frame.run().name, "source": source, "feature": asdict(record)}
+    content = {"run": run, "source": source, "feature": asdict(record)}
+    if check is not None:
+        texts = [text._asdict() for text in check.texts]
+        content["causal_check"] = asdict(check) | {"texts": texts, "advantage": check.advantage}
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -206,6 +222,47 @@ def _logits(record: sl.FeatureRecord) -> None:
     snippets.draw(snippets.effects(promoted, suppressed))
     note = "Logits per unit of activation, through the final norm's gain and the unembedding, mean removed."
     snippets.draw(snippets.note(note))
+
+
+def _causal(index: sl.FeatureIndex, record: sl.FeatureRecord) -> None:
+    """Taking the feature away where it fires, on demand: it needs the model."""
+    known = _checks().get(_check_key(index, record.index))
+    if known is not None:
+        snippets.draw(card.causal_markup(known))
+        return
+    snippets.draw(snippets.section("Causal check"))
+    try:
+        sae_path = frame.run().stage("sae")
+    except ArtifactError as error:
+        snippets.draw(snippets.note(f"It needs the SAE and its model: {error}."))
+        return
+    asked = st.button(
+        "Take it away where it fires",
+        key="causal",
+        icon=":material/science:",
+        help="Runs the model on its strongest texts with and without the feature, and without another one as a control",
+    )
+    if not asked:
+        return
+    from saelab_explorer import causal, live
+
+    ready, bar = live.ready(sae_path), st.progress(0.0, "running the model")
+
+    def progress(n: int, total: int) -> None:
+        bar.progress(n / total, f"text {n} of {total}")
+
+    check = causal.causal_check(ready, record, progress=progress)
+    _checks()[_check_key(index, record.index)] = check
+    st.rerun()
+
+
+def _checks() -> dict[tuple[str, str, int], CausalCheck]:
+    """Causal checks of this session."""
+    return st.session_state.setdefault("causal_checks", {})
+
+
+def _check_key(index: sl.FeatureIndex, feature: int) -> tuple[str, str, int]:
+    return (str(index.path), index.manifest.sae_sha256 or "", feature)
 
 
 NEAREST = {

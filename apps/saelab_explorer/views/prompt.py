@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import streamlit as st
 
 import saelab as sl
-from saelab_explorer import address, frame, live, prompt_text, snippets
+from saelab_explorer import frame, live, prompt_text, snippets
 from saelab_explorer.components.table import Column, FeatureRow, TableClick, feature_table
 from saelab_explorer.components.tokens import TokenClick, TokenRow, token_strip
+from saelab_explorer.contrast import Contrast, Side, contrasted
 from saelab_explorer.figures import percent, plural
 from saelab_explorer.labels import label_cell, label_line, label_parts, share_cell
 
@@ -25,6 +27,10 @@ DENSE = 0.1
 
 Ranking = Literal["max", "sum", "count"]
 RANKINGS: dict[Ranking, str] = {"max": "strongest", "sum": "sum", "count": "tokens"}
+SIDES: dict[Side, str] = {"first": "more on first", "second": "more on second", "both": "on both"}
+
+#: Texts whose reading is remembered.
+N_READINGS = 4
 
 
 class Reading(NamedTuple):
@@ -38,8 +44,9 @@ class Reading(NamedTuple):
 
 def show() -> None:
     run = frame.run()
-    feature = _feature_of_address()
-    frame.show_address(address.feature_query(run.name, feature) if feature is not None else None)
+    feature, two = _feature_of_address(), st.query_params.get("two") == "1"
+    chosen_feature = {"feature": str(feature)} if feature is not None else {}
+    frame.show_address({**chosen_feature, **({"two": "1"} if two else {})})
     sae_path = frame.require("sae", "There is no trained SAE yet")
     live.started(sae_path)  # loads while the reader types
     index = frame.index()
@@ -48,18 +55,30 @@ def show() -> None:
         frame.dead_end(sentence, frame.PROMPT, "Read the text without it", {"run": run.name})
     sub = f"Which features fire on a text of your own, at {index.hook_name}"
     snippets.draw(snippets.heading("Prompt", kicker=run.name, sub=sub))
-    _form()
-    reading = _read(live.ready(sae_path), prompt_text.text())
+    _form(two=two)
+    ready = live.ready(sae_path)
+    readings = [_read(ready, text) for text in _texts(two=two)]
     left, right = st.columns([5, 4], gap="large")
     with right:
-        ranked = _ranked(index, reading)
+        contrasts = _contrasted(index, readings[0], readings[1]) if two else None
+        ranked = [c.feature for c in contrasts] if contrasts is not None else _ranked(index, readings[0])
     if not ranked and feature is None:
         return
     chosen = feature if feature is not None else ranked[0]
     with left:
-        _at_token(index, reading, _coloured_text(index, reading, chosen))
+        if two:
+            _two_coloured_texts(index, readings, chosen)
+        else:
+            _at_token(index, readings[0], _coloured_text(index, readings[0], chosen))
     with right:
-        _features(index, reading, ranked, chosen)
+        if contrasts is None:
+            _features(index, readings[0], ranked, chosen)
+        else:
+            _contrast_table(index, contrasts, chosen)
+
+
+def _texts(*, two: bool) -> list[str]:
+    return [prompt_text.text(), prompt_text.second_text()] if two else [prompt_text.text()]
 
 
 def _feature_of_address() -> int | None:
@@ -67,37 +86,48 @@ def _feature_of_address() -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-def _form() -> None:
-    st.session_state["typed"] = prompt_text.text()
+def _form(*, two: bool) -> None:
+    st.session_state["typed"], st.session_state["typed_second"] = prompt_text.text(), prompt_text.second_text()
+    st.session_state["two_texts"] = two
+    st.toggle("Compare with a second text", key="two_texts", on_change=_two_toggled)
     with st.form("prompt", border=False):
-        st.text_area(
-            "Text",
-            key="typed",
-            height=90,
-            max_chars=MAX_CHARS,
-            label_visibility="collapsed",
-            placeholder="Type or paste a text",
-        )
+        names = {"typed": "First text", "typed_second": "Second text"} if two else {"typed": "Text"}
+        for column, (key, name) in zip(st.columns(len(names), gap="medium"), names.items(), strict=True):
+            column.text_area(
+                name,
+                key=key,
+                height=90,
+                max_chars=MAX_CHARS,
+                label_visibility="visible" if two else "collapsed",
+                placeholder="Type or paste a text",
+            )
         st.form_submit_button("Read features", type="primary", on_click=_submit)
+
+
+def _two_toggled() -> None:
+    frame.change_address({"two": "1" if st.session_state["two_texts"] else None, "feature": None})
 
 
 def _submit() -> None:
     prompt_text.keep(st.session_state["typed"])
+    if "typed_second" in st.session_state and st.query_params.get("two") == "1":
+        prompt_text.keep_second(st.session_state["typed_second"])
     st.session_state.pop("token", None)
-    st.query_params.from_dict({"run": frame.run().name})
+    frame.change_address({"feature": None})
 
 
 def _read(ready: live.Live, text: str) -> Reading:
-    """Run the model on ``text``, unless it was the last text already."""
-    last = st.session_state.get("reading")
-    if last is not None and (last.run, last.text) == (frame.run().name, text):
-        return last
-    start = time.perf_counter()
-    with st.spinner("Running the model…"):
-        codes = sl.encode_text(ready.model, ready.sae, text, max_tokens=MAX_TOKENS)
-    reading = Reading(frame.run().name, text, codes, 1000 * (time.perf_counter() - start))
-    st.session_state["reading"] = reading
-    return reading
+    """Run the model on ``text``, unless it was one of the last texts already."""
+    known: dict[tuple[str, str], Reading] = st.session_state.setdefault("readings", {})
+    key = (frame.run().name, text)
+    if key not in known:
+        start = time.perf_counter()
+        with st.spinner("Running the model…"):
+            codes = sl.encode_text(ready.model, ready.sae, text, max_tokens=MAX_TOKENS)
+        known[key] = Reading(*key, codes, 1000 * (time.perf_counter() - start))
+        while len(known) > N_READINGS:
+            known.pop(next(iter(known)))
+    return known[key]
 
 
 def _ranked(index: sl.FeatureIndex, reading: Reading) -> list[int]:
@@ -113,14 +143,67 @@ def _ranked(index: sl.FeatureIndex, reading: Reading) -> list[int]:
             label_visibility="collapsed",
             required=True,
         )
-        only_rare = st.toggle(
-            "Hide dense", value=True, key="hide_dense", help=f"Those on over {percent(DENSE)} of tokens"
-        )
-    hits = sl.rank_features(reading.codes, index, n=N_RANKED, by=by or "max", max_density=DENSE if only_rare else None)
+        max_density = _max_density()
+    hits = sl.rank_features(reading.codes, index, n=N_RANKED, by=by or "max", max_density=max_density)
     if not hits:
         why = "Only dense features fire on this text; switch off “Hide dense” to see them."
         snippets.draw(snippets.empty("No feature is left", why))
     return [hit.feature for hit in hits]
+
+
+def _max_density() -> float | None:
+    """The switch that hides features which fire on most texts, and what it lets through."""
+    only_rare = st.toggle("Hide dense", value=True, key="hide_dense", help=f"Those on over {percent(DENSE)} of tokens")
+    return DENSE if only_rare else None
+
+
+def _contrasted(index: sl.FeatureIndex, first: Reading, second: Reading) -> Sequence[Contrast]:
+    """The features that set two texts apart, by the order and the filter that stand above the table."""
+    snippets.draw(snippets.section("Features of the two texts"))
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        side = st.segmented_control(
+            "More on",
+            list(SIDES),
+            default="first",
+            format_func=SIDES.__getitem__,
+            key="side",
+            label_visibility="collapsed",
+            required=True,
+        )
+        max_density = _max_density()
+    found = contrasted(first.codes, second.codes, index, side=side or "first", n=N_RANKED, max_density=max_density)
+    if not found:
+        why = "No feature fires more there; choose another order, or switch off “Hide dense”."
+        snippets.draw(snippets.empty("No feature is left", why))
+    return found
+
+
+def _two_coloured_texts(index: sl.FeatureIndex, readings: Sequence[Reading], feature: int) -> None:
+    """Both texts in one feature's colours, on one scale."""
+    label = snippets.label_markup(label_parts(index, feature))
+    snippets.draw(snippets.section_of(f"Feature {feature}", label))
+    acts = [reading.codes.acts_of(feature) for reading in readings]
+    largest = float(index.column("max")[feature])
+    for name, reading, own in zip(("First text", "Second text"), readings, acts, strict=True):
+        fired = plural(sum(act > 0 for act in own), "token")
+        where = f"on {fired} of {len(own)}, at most {max(own):.2f}" if any(own) else f"on none of {len(own)} tokens"
+        snippets.draw(snippets.section(name, where))
+        peak = max(range(len(own)), key=own.__getitem__) if any(own) else -1
+        row = TokenRow(reading.codes.tokens, own, peak, first=1, tips=_tips(index, reading.codes))
+        token_strip([row], key=name, max_act=max(largest, *acts[0], *acts[1]), size="large")
+    read = " and ".join(f"{reading.ms:.0f} ms" for reading in readings)
+    snippets.draw(snippets.note(f"Its maximum in the index is {largest:.2f}. Read in {read}."))
+
+
+def _contrast_table(index: sl.FeatureIndex, contrasts: Sequence[Contrast], chosen: int) -> None:
+    rows = []
+    for c in contrasts:
+        largest = max(float(index.column("max")[c.feature]), c.first, c.second)
+        bars = (share_cell(value / largest, f"{value:.2f}") for value in (c.first, c.second))
+        rows.append(FeatureRow(c.feature, (c.feature, label_cell(index, c.feature), *bars)))
+    help = "Largest activation on the text; bars are shares of the feature's own maximum"
+    columns = (*_NAMES, Column("First", "bar", help=help), Column("Second", "bar", help=help))
+    _follow(feature_table(columns, rows, key="contrast", run=frame.run().name, pick=True, chosen=chosen))
 
 
 def _coloured_text(index: sl.FeatureIndex, reading: Reading, feature: int) -> int:
@@ -190,7 +273,7 @@ def _follow(clicked: TableClick) -> None:
     if clicked.open is not None:
         frame.open_feature(clicked.open)
     if clicked.pick is not None:
-        st.query_params.from_dict(address.feature_query(frame.run().name, clicked.pick))
+        frame.change_address({"feature": str(clicked.pick)})
         st.rerun()
 
 
