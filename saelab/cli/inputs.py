@@ -41,8 +41,8 @@ def opened(sae_path: Path, *, activations: Path | None, device: str | None) -> I
     return Inputs(sae.to(model.device), store, model)
 
 
-def model_of(sae: SAE, *, device: str | None) -> Model:
-    """The model that ``sae`` was trained on.
+def model_of(sae: SAE, *, device: str | None, dtype: str | None = None) -> Model:
+    """The model that ``sae`` was trained on, in its checkpoint's precision unless ``dtype`` is given.
 
     Raises:
         ConfigError: the SAE does not say which.
@@ -53,7 +53,7 @@ def model_of(sae: SAE, *, device: str | None) -> Model:
     name, trained_on = sae.metadata.model_name, sae.metadata.model_sha256
     if not name:
         raise ConfigError("the SAE does not say which model it was trained on; write model_name into its cfg.json")
-    model = load_model(name, device=device)
+    model = load_model(name, device=device, dtype=dtype)
     if trained_on is not None and trained_on != model.weights_sha256:
         raise ArtifactError(
             f"the SAE was trained on {name} with weights {trained_on[:12]}, but {name} now has weights "
