@@ -1,4 +1,4 @@
-"""saelab steer: a feature pushed, clamped or ablated while the model writes; and the record of what steering does."""
+"""saelab steer: features pushed, set, capped or ablated while the model writes; and the record of what that does."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from saelab.cli.console import AsJson, Device, emit, progress_bar, say, table
+from saelab.cli.console import AsJson, Device, emit
 from saelab.cli.inputs import model_of
 from saelab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from saelab.interp.steering import Mode
-    from saelab.interp.steering_record import RecordConfig
+    from saelab.interp.steering import Edit, Mode
+    from saelab.sae.base import SAE
 
 
 def steer(
@@ -23,12 +23,19 @@ def steer(
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's message through the chat template.")
     ] = False,
-    mode: Annotated[str, typer.Option(help="add, clamp or ablate.")] = "add",
+    mode: Annotated[str, typer.Option(help="add, orthogonal, clamp, ablate or cap.")] = "add",
     strength: Annotated[
         float | None,
-        typer.Option(help="add: norm of the added vector as a share of the mean residual norm (default 0.6)."),
+        typer.Option(
+            help="Share of the mean residual norm: add: norm of the added vector (default 0.6); orthogonal: what the "
+            "part along the feature is set to; cap: the most it may be."
+        ),
     ] = None,
     value: Annotated[float | None, typer.Option(help="clamp: activation to hold the feature at.")] = None,
+    when: Annotated[
+        str | None,
+        typer.Option(metavar="FEATURE[:ABOVE]", help="Steer only tokens where this feature fires, at more than ABOVE."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write.")] = 40,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -38,6 +45,14 @@ def steer(
             min=1, help="Instead: measure the N most token-specific features against random directions at equal KL."
         ),
     ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="record, or the --feature given: also dose curves beside mean difference, probe, prompts and random "
+            "features, as a page to read (slow; may be interrupted and run again).",
+        ),
+    ] = False,
     kl: Annotated[
         float | None, typer.Option(help="record: next-token KL at which they are compared, in nats (default 1.5).")
     ] = None,
@@ -52,19 +67,27 @@ def steer(
 
     With --record N: measure instead what steering the N most token-specific features does, against random directions.
     """
-    if record is not None:
+    if record is not None or baselines:
+        from saelab.cli.steer_record import as_text, run_record
         from saelab.interp.steering_record import RecordConfig
 
-        if feature:
+        if feature and record is not None:
             raise ConfigError(
                 "--record chooses the features itself, by the precision of their labels; leave out --feature"
             )
+        if strength is not None or value is not None or when is not None:
+            raise ConfigError(
+                "a record pushes features by itself, to equal KL; leave out --strength, --value and --when"
+            )
         settings = RecordConfig(seed=seed) if kl is None else RecordConfig(seed=seed, kl=kl)
-        result = run_record(run, record, settings, out=out, device=device)
+        chosen = feature or record
+        if chosen is None:
+            raise ConfigError("--baselines needs features to measure; give --record N, or --feature once or more")
+        result = run_record(run, chosen, settings, baselines=baselines, out=out, device=device)
         if json:
             emit(result)
         else:
-            print(as_table(result))
+            print(as_text(result))
         return
     if kl is not None or out is not None:
         raise ConfigError("--kl and --out belong to --record N; leave them out, or add it")
@@ -80,6 +103,7 @@ def steer(
         mode=mode,
         strength=strength,
         value=value,
+        when=when,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -104,6 +128,7 @@ def steered_and_not(
     temperature: float,
     seed: int,
     device: str | None,
+    when: str | None = None,
 ) -> dict[str, Any]:
     """The two continuations of ``prompt``."""
     from saelab.interp import steering
@@ -111,6 +136,8 @@ def steered_and_not(
 
     sae = load_sae(run)
     edits = steering.as_edits([sae.feature(i) for i in features], strength=strength, mode=checked(mode), value=value)
+    if when is not None:
+        edits = waiting(edits, sae, when)
     model = model_of(sae, device=device)
     text = model.chat([{"role": "user", "content": prompt}]) if chat else prompt
 
@@ -126,6 +153,7 @@ def steered_and_not(
         "mode": mode,
         "strength": steering.DEFAULT_STRENGTH if mode == "add" and strength is None else strength,
         "value": value,
+        "when": when,
         "unsteered": unsteered,
         "steered": steered,
     }
@@ -145,64 +173,19 @@ def checked(mode: str) -> Mode:
     raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}; {nearest(mode, get_args(Mode))}")
 
 
-def run_record(
-    run: Path, n_features: int, settings: RecordConfig, *, out: Path | None = None, device: str | None = None
-) -> dict[str, Any]:
-    """Measure the most token-specific features of the index, publish steer.json, and return its content."""
-    from saelab import config as configs
-    from saelab import rundir
-    from saelab.features.index import FeatureIndex
-    from saelab.interp.steering_record import steering_record
-    from saelab.sae.io import load_sae
+def waiting(edits: list[Edit], sae: SAE, when: str) -> list[Edit]:
+    """``edits`` at the tokens where a feature fires, named as on the command line: FEATURE or FEATURE:ABOVE.
 
-    sae_path, index = rundir.find(run, "sae"), FeatureIndex.open(run)
-    rundir.check_parents(index.path)  # an index of an earlier SAE would name other features
-    out = out or sae_path.parent / "steer"
-    rundir.check_replaceable(out, "steer")
-    chosen = index.most_token_specific(n_features)
-    if not chosen:
-        raise ConfigError(f"{index.path} has no feature with a token rule; index more text, or train on more tokens")
-    sae = load_sae(sae_path)
-    model = model_of(sae, device=device)
-    say(
-        f"plan: {len(chosen)} features and {settings.n_random} random directions on {len(settings.prompts)} prompts, "
-        f"each pushed to a KL of {settings.kl} nats"
-    )
-    with progress_bar("steer") as progress:
-        record = steering_record(model, sae, {i: index.trigger_tokens(i) for i in chosen}, settings, progress=progress)
-    result = {
-        "kl": settings.kl,
-        "n_prompts": len(settings.prompts),
-        "advantage": record.advantage._asdict(),
-        "random_strengths": record.random_strengths,
-        "features": [
-            effect._asdict() | {"advantage": effect.advantage, "label": index.label(effect.feature).text}
-            for effect in record.effects
-        ],
-    }
-    parents = {"sae": sae_path, "index": index.path}
-    rundir.replace_result(out, result, stage="steer", config=configs.to_mapping(settings), parents=parents)
-    say(f"written to {out}")
-    return result
+    Raises:
+        ConfigError: ``when`` is written otherwise.
+        ShapeError: there is no such feature.
+    """
+    from saelab.interp.steering import conditional
+    from saelab.interp.steering_conditions import feature_fires
 
-
-def as_table(result: dict[str, Any]) -> str:
-    rows = [
-        [
-            str(f["feature"]),
-            f["label"],
-            f"{f['strength']:.2f}",
-            f"{f['kl']:.2f}",
-            f"{f['rise']:+.2f}",
-            f"{f['random_rise']:+.2f}",
-            f"{f['advantage']:+.2f}",
-        ]
-        for f in result["features"]
-    ]
-    mean = result["advantage"]
-    return (
-        table(rows, header=["feature", "label", "strength", "KL", "rise", "random", "advantage"])
-        + f"\nmean advantage {mean['value']:+.2f} nats (95 %: {mean['low']:+.2f} to {mean['high']:+.2f}) "
-        f"over {len(rows)} features and "
-        f"{result['n_prompts']} prompts, against {len(result['random_strengths'])} random directions at the same KL"
-    )
+    index, _, above = when.partition(":")
+    try:
+        condition = feature_fires(sae.feature(int(index)), above=float(above or 0))
+    except ValueError as error:
+        raise ConfigError(f"--when needs FEATURE or FEATURE:ABOVE, got {when!r}; for example --when 12:3.5") from error
+    return [conditional(edit, condition) for edit in edits]

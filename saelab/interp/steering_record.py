@@ -147,7 +147,14 @@ def next_token_logps(model: Model, prompts: Tokens) -> Float[Tensor, "prompts d_
 
 def next_token_kl(clean: Float[Tensor, "prompts d_vocab"], edited: Float[Tensor, "prompts d_vocab"]) -> float:
     """KL(clean || edited), the mean over prompts, in nats."""
-    return float((clean.exp() * (clean - edited)).sum(-1).mean())
+    return float(next_token_kls(clean, edited).mean())
+
+
+def next_token_kls(
+    clean: Float[Tensor, "prompts d_vocab"], edited: Float[Tensor, "prompts d_vocab"]
+) -> Float[Tensor, " prompts"]:
+    """KL(clean || edited) of each prompt, in nats."""
+    return (clean.exp() * (clean - edited)).sum(-1)
 
 
 def mean_rise(
@@ -165,11 +172,12 @@ def push_to_kl(
     *,
     kl: float,
     tolerance: float = 0.01,
+    start: float = 0.5,
 ) -> Pushed:
     """Find the strength at which ``edit_at(strength)`` costs ``kl`` nats, to a relative ``tolerance``.
 
-    Brackets the root by doubling, then bisects with the secant of log KL over log strength, which is nearly a straight
-    line (KL grows like the square of a small strength).
+    Brackets the root by doubling from ``start``, then bisects with the secant of log KL over log strength, which is
+    nearly a straight line (KL grows like the square of a small strength).
 
     Raises:
         ConfigError: even a vector of 64 times the residual norm costs less.
@@ -180,7 +188,7 @@ def push_to_kl(
             logps = next_token_logps(model, prompts)
         return Pushed(strength, next_token_kl(clean, logps), logps)
 
-    low, high = None, at(0.5)
+    low, high = None, at(start)
     while high.kl < kl:
         if high.strength >= 64:
             raise ConfigError(f"steering reaches a KL of only {high.kl:.2f} nats, below the {kl} asked for; lower kl")
