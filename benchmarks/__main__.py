@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"train: of torch's contenders only these: {', '.join(bench_train.IN_TORCH)}, or none (default all)",
     )  # fmt: skip
     top.add_argument("--steps", type=int, default=300, help="quality: training steps (default 300)")
+    top.add_argument(
+        "--seeds", type=int, default=1, help="quality: initial weights and orders of the tokens (default 1)"
+    )
     top.add_argument("--lr", type=float, default=2e-3, help="quality: learning rate after the warm-up (default 2e-3)")
     top.add_argument(
         "--workspace", type=Path, default=_ROOT / "runs" / "demo", help="quality: whose activations (default runs/demo)"
@@ -124,8 +127,8 @@ def _do_quality(wish: argparse.Namespace) -> bool:
     rows: list[dict[str, Any]] = []
     for shape in _shapes_for(wish, "quality"):
         rows += bench_quality.run(
-            (shape,), device=wish.device, n_steps=wish.steps, lr=wish.lr, workspace=wish.workspace, peers=("sae-lens",),
-            peer_python=wish.peer_python,
+            (shape,), device=wish.device, n_steps=wish.steps, lr=wish.lr, seeds=wish.seeds,
+            workspace=wish.workspace, peers=("sae-lens",), peer_python=wish.peer_python,
         )  # fmt: skip
         _publish("quality", wish, rows)
     return True

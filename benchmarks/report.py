@@ -67,7 +67,8 @@ _MEANING = {
     "quality": (
         "Equal loss",
         "Our step and the peer's from the same weights, on the same tokens in the same order, with the same learning "
-        "rates: squared error an entry of held-out tokens. `ratio` is ours over theirs; at most 1.01 counts as equal.",
+        "rates: squared error an entry of held-out tokens and variance explained of them (EV), and the time of all "
+        "steps, which alternate. `ratio` is our error over theirs; at most 1.01 counts as equal.",
     ),
 }
 
@@ -140,16 +141,19 @@ def _timing_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _quality_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| shape | tokens from | steps | saelab | peer | its error | ratio | equal |"
-    yield "|---|---|---|---|---|---|---|---|"
+    heads = ["shape", "tokens from", "seed", "steps", "saelab", "EV"]
+    heads += ["peer", "its error", "EV", "ratio", "equal", "its time over ours"]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
     for row in rows:
-        ours = row["contenders"]["saelab"]["held_out_error"]
+        ours = row["contenders"]["saelab"]
         for name, ratio in row["our_error_over_theirs"].items():
             theirs = row["contenders"][name]
             yield (
-                f"| {Shape(**row['shape'])} | {row['tokens_from']} | {row['n_steps']} | {ours:.5f} "
-                f"| {_named(name, theirs)} | {theirs['held_out_error']:.5f} | {ratio:.4f} "
-                f"| {'yes' if row['equal'][name] else 'no'} |"
+                f"| {Shape(**row['shape'])} | {row['tokens_from']} | {row['seed']} | {row['n_steps']} "
+                f"| {ours['held_out_error']:.5f} | {ours['explained_variance']:.4f} | {_named(name, theirs)} "
+                f"| {theirs['held_out_error']:.5f} | {theirs['explained_variance']:.4f} | {ratio:.4f} "
+                f"| {'yes' if row['equal'][name] else 'no'} | {theirs['seconds'] / ours['seconds']:.1f}x |"
             )
 
 

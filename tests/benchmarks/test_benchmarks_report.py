@@ -24,8 +24,11 @@ ROW = {
     "not_timed": {"linear + topk bfloat16": "out of memory"},
 }  # fmt: skip
 EQUAL = {
-    "shape": SHAPE, "tokens_from": "a planted dictionary", "n_steps": 300,
-    "contenders": {"saelab": {"held_out_error": 0.5}, "sae-lens": {"held_out_error": 0.51, "version": "6.54"}},
+    "seed": 0, "shape": SHAPE, "tokens_from": "a planted dictionary", "n_steps": 300,
+    "contenders": {
+        "saelab": {"held_out_error": 0.5, "explained_variance": 0.4, "seconds": 1.5},
+        "sae-lens": {"held_out_error": 0.51, "explained_variance": 0.39, "seconds": 6.0, "version": "6.54"},
+    },
     "our_error_over_theirs": {"sae-lens": 0.98}, "equal": {"sae-lens": True}, "not_timed": {},
 }  # fmt: skip
 
@@ -42,7 +45,7 @@ def test_every_row_is_in_the_table_also_those_that_we_lose(results):
     assert "| encode_topk forward | 8x4x16k2 | 1.5 | **saelab** | 3.21 | 2.89..3.53 | 2.14 | 2 |  |" in text
     assert "| linear + topk | 1.23 | 1.11..1.35 | 0.82 | 2 | 0.38x |" in text
     assert "encode_topk forward 8x4x16k2, linear + topk bfloat16: not timed, out of memory" in text
-    assert "| sae-lens (6.54) | 0.51000 | 0.9800 | yes |" in text
+    assert "| 0 | 300 | 0.50000 | 0.4000 | sae-lens (6.54) | 0.51000 | 0.3900 | 0.9800 | yes | 4.0x |" in text
 
 
 def test_the_plot_has_a_dot_for_every_contender(results):
