@@ -42,6 +42,12 @@ _ALL = (
     Metric("matched_f1", "mean over true features of the F1 of their partner's firing", "share", "higher"),
     Metric("probe_accuracy", "share of test texts that a probe puts into the right class", "share", "higher"),
     Metric("probe_f1", "harmonic mean of a probe's precision and recall", "share", "higher"),
+    Metric("auroc", "chance that a positive text scores above another one, ties counted half", "share", "higher"),
+    Metric(
+        "recall_at_1_percent", "share of positive texts found where 1 % of the others raise an alarm", "share", "higher"
+    ),
+    Metric("ece", "mean distance of claimed probability from observed share, in ten bins", "share", "lower"),
+    Metric("brier", "mean squared distance of claimed probability from outcome", "share", "lower"),
     Metric(
         "absorption_full", "share of a letter's words on which other features do its features' work", "share", "lower"
     ),
@@ -91,6 +97,7 @@ _ALL = (
         "lower",
     ),
     Metric("kl", "KL(clean || edited) of next-token distributions", "nats", "lower"),
+    Metric("lens_kl", "KL(model || lens) of next-token distributions, the mean over tokens", "nats", "lower"),
     Metric("trigger_logp_rise", "log-probability of the trigger tokens, edited minus clean", "nats", "higher"),
 )
 

@@ -31,7 +31,8 @@ from jaxtyping import Bool, Float, Int
 
 from saelab.errors import ConfigError
 from saelab.evals.piece import Piece, Score
-from saelab.evals.probing import dense_probe, f1, fitted_probe, largest_differences, outcomes
+from saelab.evals.probing import dense_probe, f1, outcomes
+from saelab.interp.linear_fits import largest_differences, logistic_fit
 from saelab.models.load import Model
 from saelab.models.tokens import right_padded
 from saelab.sae.base import SAE
@@ -135,7 +136,7 @@ def split_set(
     ranked = largest_differences(train, is_letter, max_split)
     f1_of_k: list[float] = []
     for k in range(1, len(ranked) + 1):
-        probe = fitted_probe(train[:, ranked[:k]], is_letter)
+        probe = logistic_fit(train[:, ranked[:k]], is_letter)
         says = probe.says(test[:, ranked[:k]])
         f1_of_k.append(float(f1(outcomes(says, test_is_letter).sum(0, keepdims=True))[0]))
         if k > 1 and f1_of_k[-1] - f1_of_k[-2] < f1_jump:

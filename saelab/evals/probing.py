@@ -7,19 +7,19 @@ coordinates of the residual stream) whose mean differs most between the classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from saelab.errors import ConfigError, TextError
-from saelab.evals.labelled import Labelled, LabelledFile, Task, read, tasks
+from saelab.errors import ConfigError
+from saelab.evals.labelled import Labelled, Task, read, tasks
 from saelab.evals.piece import Piece, Score
+from saelab.interp.labelled_files import LabelledFile
+from saelab.interp.linear_fits import LinearFit, best_logistic, sparse_fit
+from saelab.interp.pooled_acts import PooledActs, pooled_acts
 from saelab.models.load import Model
-from saelab.models.tokens import behind_first, right_padded
 from saelab.sae.base import SAE
 from saelab.stats import Interval, bootstrap_mean
 
@@ -49,14 +49,6 @@ class ProbingConfig:
             raise ConfigError(f"probing.ks must be numbers of at least 1, got {list(self.ks)}; 1, 2, 5 are usual")
 
 
-class TextMeans(NamedTuple):
-    """Means over the tokens of each text, BOS not counted."""
-
-    feature_acts: Float[np.ndarray, "texts d_sae"]
-    acts: Float[np.ndarray, "texts d_in"]
-    n_tokens: int
-
-
 def probing(
     sae: SAE,
     model: Model,
@@ -80,17 +72,19 @@ def probing(
     results: dict[str, dict[str, list[np.ndarray]]] = {}
     n_test: dict[str, int] = {}
     for data in sets:
-        means = text_means(
-            sae,
+        means = pooled_acts(
             model,
             data.texts,
+            [sae.metadata.hook_name],
+            position="mean",
             max_tokens=config.max_tokens,
+            sae=sae,
             batch_texts=batch_texts,
             progress=_shifted(progress, n_done, n_all),
         )
         n_done += len(data.texts)
         n_tokens += means.n_tokens
-        results[data.name], n_test[data.name] = _results(data, means, config, seed=seed)
+        results[data.name], n_test[data.name] = _results(data, means, sae.metadata.hook_name, config, seed=seed)
     scores = _scores(results, n_test, draws=draws, seed=seed)
     note = (
         f"{sum(n_test.values()):,} test texts of {sum(len(r['all coordinates']) for r in results.values())} tasks, "
@@ -99,101 +93,20 @@ def probing(
     return Piece(name="probing", scores=scores, notes=(note,))
 
 
-@torch.inference_mode()
-def text_means(
-    sae: SAE,
-    model: Model,
-    texts: Sequence[str],
-    *,
-    max_tokens: int,
-    batch_texts: int,
-    progress: Progress | None = None,
-) -> TextMeans:
-    """What the SAE and the hook that it reads make of each text, averaged over its tokens.
-
-    Raises:
-        TextError: a text without a token.
-    """
-    hook_name = sae.metadata.hook_name
-    feature_acts = torch.zeros(len(texts), sae.d_sae)
-    acts = torch.zeros(len(texts), sae.d_in)
-    n_tokens = 0
-    for start in range(0, len(texts), batch_texts):
-        rows = [[model.bos_id, *model.encode(text)[:max_tokens]] for text in texts[start : start + batch_texts]]
-        if min(map(len, rows)) < 2:
-            raise TextError(f"{texts[start + int(np.argmin([len(r) for r in rows]))]!r} has no token; drop that text")
-        ids, mask = right_padded(rows, pad_id=model.pad_id)
-        keep = behind_first(mask).to(model.device)
-        seen = model.capture(ids, [hook_name], mask)[hook_name][keep].float()
-        owner = keep.nonzero()[:, 0]
-        codes = sae.sparse_codes(seen)
-        stop = start + len(rows)
-        counts = keep.sum(1, keepdim=True)
-        sums = torch.zeros(len(rows) * sae.d_sae, device=seen.device)
-        sums.index_add_(0, owner[codes.rows] * sae.d_sae + codes.features, codes.values.float())
-        feature_acts[start:stop] = (sums.view(len(rows), -1) / counts).cpu()
-        acts[start:stop] = (torch.zeros(len(rows), sae.d_in).to(seen).index_add_(0, owner, seen) / counts).cpu()
-        n_tokens += int(counts.sum())
-        if progress:
-            progress(stop, len(texts), "texts")
-    return TextMeans(feature_acts.numpy(), acts.numpy(), n_tokens)
-
-
-def largest_differences(
-    columns: Float[np.ndarray, "rows columns"], positive: Bool[np.ndarray, " rows"], k: int
-) -> Int[np.ndarray, " k"]:
-    """The k columns whose mean differs most between the positive and the other rows, the largest difference first."""
-    difference = np.abs(columns[positive].mean(0) - columns[~positive].mean(0))
-    return np.argsort(-difference, kind="stable")[:k]
-
-
-class Probe(NamedTuple):
-    """A logistic regression: positive where ``columns @ direction + bias > 0``."""
-
-    direction: Float[np.ndarray, " columns"]
-    bias: float
-
-    def says(self, columns: Float[np.ndarray, "rows columns"]) -> Bool[np.ndarray, " rows"]:
-        return columns @ self.direction + self.bias > 0
-
-
-def fitted_probe(columns: Float[np.ndarray, "rows columns"], positive: Bool[np.ndarray, " rows"]) -> Probe:
-    """Logistic regression on a few columns brought to variance 1, classes weighted equally, with a ridge penalty of
-    weight 1 (scikit-learn's C = 1).
-
-    Raises:
-        ValueError: only one class in ``positive``.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    return _on_unit_variance(LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000), columns, positive)
-
-
-def dense_probe(columns: Float[np.ndarray, "rows columns"], positive: Bool[np.ndarray, " rows"]) -> Probe:
-    """`fitted_probe` on many columns: the penalty is the one of three (C = 0.01, 0.1, 1) with the best F1 in 4-fold
-    cross-validation on these rows, because a baseline that overfits would flatter what stands beside it.
+def dense_probe(columns: Float[np.ndarray, "rows columns"], positive: Bool[np.ndarray, " rows"]) -> LinearFit:
+    """Logistic regression on many columns: the penalty is the one of three with the best F1 in 4-fold cross-validation
+    on these rows, because a baseline that overfits would flatter what stands beside it.
 
     Raises:
         ValueError: fewer than 4 rows of a class.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.model_selection import StratifiedKFold
 
-    regression = LogisticRegression(class_weight="balanced", max_iter=5000)
-    search = GridSearchCV(regression, {"C": [0.01, 0.1, 1.0]}, scoring="f1", cv=StratifiedKFold(4))
-    return _on_unit_variance(search, columns, positive)
+    def f1_of(scores: Float[np.ndarray, " held"], truth: Bool[np.ndarray, " held"]) -> float:
+        return float(f1(outcomes(scores > 0, truth).sum(0, keepdims=True))[0])
 
-
-def _on_unit_variance(
-    estimator: Any, columns: Float[np.ndarray, "rows columns"], positive: Bool[np.ndarray, " rows"]
-) -> Probe:
-    """A fit on centred columns of variance 1, as a probe of the columns as they are."""
-    mean, spread = columns.mean(0), columns.std(0)
-    spread = np.where(spread > 0, spread, 1)
-    fit = estimator.fit((columns - mean) / spread, positive)
-    regression = getattr(fit, "best_estimator_", fit)
-    direction = regression.coef_[0] / spread
-    return Probe(direction, float(regression.intercept_[0] - direction @ mean))
+    folds = list(StratifiedKFold(4).split(columns, positive))
+    return best_logistic(columns, positive, folds=folds, quality=f1_of).fit
 
 
 def outcomes(says: Bool[np.ndarray, " rows"], positive: Bool[np.ndarray, " rows"]) -> Float[np.ndarray, "rows 4"]:
@@ -213,9 +126,11 @@ def f1(sums: Float[np.ndarray, "draws 4"]) -> Float[np.ndarray, " draws"]:
 
 
 def _results(
-    data: Labelled, means: TextMeans, config: ProbingConfig, *, seed: int
+    data: Labelled, means: PooledActs, hook_name: str, config: ProbingConfig, *, seed: int
 ) -> tuple[dict[str, list[np.ndarray]], int]:
     """Outcomes on the test texts of each task, by probe; and the number of these texts."""
+    assert means.feature_acts is not None
+    acts = means.acts[hook_name]
     found: dict[str, list[np.ndarray]] = {}
     n_test = 0
     for task in tasks(data, seed=seed):
@@ -223,16 +138,15 @@ def _results(
         for k in config.ks:
             found.setdefault(f"SAE features, k = {k}", []).append(_outcome(means.feature_acts, task, k))
         for k in config.ks:
-            found.setdefault(f"coordinates, k = {k}", []).append(_outcome(means.acts, task, k))
-        found.setdefault("all coordinates", []).append(_outcome(means.acts, task, None))
+            found.setdefault(f"coordinates, k = {k}", []).append(_outcome(acts, task, k))
+        found.setdefault("all coordinates", []).append(_outcome(acts, task, None))
     return found, n_test
 
 
 def _outcome(columns: Float[np.ndarray, "texts columns"], task: Task, k: int | None) -> Float[np.ndarray, "test 4"]:
     train, test = (np.array([number in task.positive for number in numbers]) for numbers in (task.train, task.test))
-    chosen = slice(None) if k is None else largest_differences(columns[task.train], train, k)
-    probe = (dense_probe if k is None else fitted_probe)(columns[task.train][:, chosen], train)
-    return outcomes(probe.says(columns[task.test][:, chosen]), test)
+    probe = dense_probe(columns[task.train], train) if k is None else sparse_fit(columns[task.train], train, k=k)
+    return outcomes(probe.says(columns[task.test]), test)
 
 
 def _scores(

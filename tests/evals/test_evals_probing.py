@@ -11,19 +11,12 @@ import pytest
 import torch
 
 from saelab.errors import ConfigError, TextError
-from saelab.evals.labelled import LabelledFile, parse, read, tasks
+from saelab.evals.labelled import read, tasks
 from saelab.evals.piece import Piece, Score, beside
-from saelab.evals.probing import (
-    ProbingConfig,
-    accuracy,
-    dense_probe,
-    f1,
-    fitted_probe,
-    largest_differences,
-    outcomes,
-    probing,
-    text_means,
-)
+from saelab.evals.probing import ProbingConfig, accuracy, dense_probe, f1, outcomes, probing
+from saelab.interp.labelled_files import LabelledFile, parse
+from saelab.interp.linear_fits import largest_differences, logistic_fit
+from saelab.interp.pooled_acts import pooled_acts
 from saelab.stats import Interval
 
 HOOK = "blocks.1.hook_resid_post"
@@ -102,16 +95,16 @@ def test_bad_files_are_refused_with_a_sentence(tmp_path: Path, name: str, conten
 
 def test_means_leave_out_bos_and_padding(tiny_model, identity_sae):
     texts = ["the river", "the long river of the south", "city"]
-    means = text_means(identity_sae, tiny_model, texts, max_tokens=64, batch_texts=3)
+    means = pooled_acts(tiny_model, texts, [HOOK], position="mean", max_tokens=64, sae=identity_sae, batch_texts=3)
     for i, text in enumerate(texts):
         ids, mask = tiny_model.to_tokens(text)
         acts = tiny_model.capture(ids, [HOOK], mask)[HOOK][0, 1:].float()
-        np.testing.assert_allclose(means.acts[i], acts.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(means.acts[HOOK][i], acts.mean(0), rtol=1e-4, atol=1e-5)
         with torch.no_grad():
             expected = identity_sae.encode(acts).mean(0)
         np.testing.assert_allclose(means.feature_acts[i], expected, rtol=1e-4, atol=1e-5)
     assert means.n_tokens == sum(len(tiny_model.encode(text)) for text in texts)
-    short = text_means(identity_sae, tiny_model, texts, max_tokens=1, batch_texts=2)
+    short = pooled_acts(tiny_model, texts, [HOOK], position="mean", max_tokens=1, sae=identity_sae, batch_texts=2)
     assert short.n_tokens == 3
 
 
@@ -126,7 +119,7 @@ def test_the_telling_column_comes_first():
 def test_a_probe_finds_the_boundary_in_the_units_of_its_columns():
     columns = np.concatenate([np.linspace(1000, 1010, 50), np.linspace(1020, 1030, 50)])[:, None]
     positive = np.arange(100) >= 50
-    for fit in (fitted_probe, dense_probe):
+    for fit in (logistic_fit, dense_probe):
         probe = fit(columns, positive)
         assert (probe.says(columns) == positive).all()
         assert -probe.bias / probe.direction[0] == pytest.approx(1015, abs=1)
