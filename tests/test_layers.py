@@ -17,7 +17,7 @@ TRAIN = CELLAR | KERNELS | {"sae", "models", "activations"}
 INTERP = TRAIN
 ALIGN = CELLAR | KERNELS | {"models", "activations"}  # makes models and knows no SAE
 EVALS = TRAIN | {"train", "interp"}
-FEATURES = EVALS | {"evals"}
+FEATURES = EVALS | {"evals", "align"}  # align for its critics, who also judge explanations
 
 #: room -> the rooms it may import
 FLOORS = {

@@ -31,7 +31,7 @@ class ActivationStats:
     """Tokens that these statistics are over."""
 
 
-def moments(blocks: Iterable[Float[Tensor, "tokens d_in"]]) -> ActivationStats:
+def moments(blocks: Iterable[Float[Tensor, "_ d_in"]]) -> ActivationStats:
     """Statistics over all tokens of all float32 blocks, each read once.
 
     Sums are over x - c, where c is the first block's mean: near the true mean, the variance loses no digits to a large

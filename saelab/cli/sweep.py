@@ -153,7 +153,9 @@ def run_sweep(
         )
         with progress_bar("train") as progress:
             rows = train_sweep(run, members, open_stream, parents=parents, device=device, progress=progress)
-    _report_sweep(out, rows, json=json and evaluation is None)
+    if evaluation is None or not json:  # of --json the evaluation is the one result
+        _print_comparison(out, rows, json=json)
+    _refuse_failed(out, rows)
     if evaluation is not None:
         evaluate_sweep(out, evaluation, store, device=device, json=json)
 
@@ -198,13 +200,16 @@ def evaluate_sweep(
     say(f"written to {out}; to read: {out / 'report.html'}")
 
 
-def _report_sweep(out: Path, rows: list[Comparison], *, json: bool) -> None:
+def _print_comparison(out: Path, rows: list[Comparison], *, json: bool) -> None:
     numbers = ("d_sae", "l0", "reconstruction", "loss", "n_dead", "decoder_projection")
     if json:
         emit({"path": str(out), "members": [row._asdict() for row in rows]})
     else:
         lines = [[row.name, *(_short(getattr(row, name)) for name in numbers)] for row in rows]
         print(table(lines, header=["SAE", *numbers]))
+
+
+def _refuse_failed(out: Path, rows: list[Comparison]) -> None:
     failed = [row for row in rows if row.state != "finished"]
     if failed:
         names = ", ".join(row.name for row in failed)
