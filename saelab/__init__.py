@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from saelab.activations.capture import CacheConfig, capture
     from saelab.activations.stacked import DifferenceBatches, Slot, StackedBatches
     from saelab.activations.store import ActivationStore
-    from saelab.align.density import preferred_density
-    from saelab.align.overopt import overoptimise
+    from saelab.align.density import PreferredDensity, preferred_density
+    from saelab.align.overopt import OveroptConfig, Overoptimisation, overoptimise
     from saelab.align.policy import PolicyConfig, load_policy
     from saelab.align.reward import load_reward_model
     from saelab.align.run import align
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from saelab.features.index import FeatureIndex, build_index, load_index
     from saelab.features.records import Example, FeatureRecord
     from saelab.features.search import TextCodes, encode_text, features_in_text, rank_features
+    from saelab.interp.attribution import attribute
+    from saelab.interp.lens import logit_lens
+    from saelab.interp.patching import patch
+    from saelab.interp.probe_data import ProbeTexts
+    from saelab.interp.probe_direction import Probe
+    from saelab.interp.probes import probe
     from saelab.interp.steering import Edit, steer
     from saelab.models.load import Model, load_model
     from saelab.sae.base import SAE
@@ -47,7 +53,10 @@ _HOME = {
     "load_reward_model": "saelab.align.reward",
     "align": "saelab.align.run",
     "overoptimise": "saelab.align.overopt",
+    "OveroptConfig": "saelab.align.overopt",
+    "Overoptimisation": "saelab.align.overopt",
     "preferred_density": "saelab.align.density",
+    "PreferredDensity": "saelab.align.density",
     "TrainConfig": "saelab.train.config",
     "train_sae": "saelab.train.loop",
     "evaluate": "saelab.evals.reconstruction",
@@ -60,6 +69,12 @@ _HOME = {
     "encode_text": "saelab.features.search",
     "rank_features": "saelab.features.search",
     "TextCodes": "saelab.features.search",
+    "logit_lens": "saelab.interp.lens",
+    "attribute": "saelab.interp.attribution",
+    "patch": "saelab.interp.patching",
+    "probe": "saelab.interp.probes",
+    "Probe": "saelab.interp.probe_direction",
+    "ProbeTexts": "saelab.interp.probe_data",
     "Edit": "saelab.interp.steering",
     "steer": "saelab.interp.steering",
 }

@@ -8,7 +8,26 @@ from collections.abc import Callable
 
 import typer
 
-from saelab.cli import align, cache, convert, demo, doctor, evaluate, explore, features, index, plan, show, steer, train
+from saelab.cli import (
+    align,
+    attribute,
+    cache,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    explore,
+    features,
+    index,
+    lens,
+    patch,
+    plan,
+    probe,
+    show,
+    steer,
+    train,
+)
 from saelab.errors import Interrupted, SaelabError
 
 app = typer.Typer(
@@ -27,7 +46,12 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "index": index.index,
     "features": features.features,
+    "explain": explain.explain,
     "steer": steer.steer,
+    "probe": probe.probe,
+    "patch": patch.patch,
+    "lens": lens.lens,
+    "attribute": attribute.attribute,
     "explore": explore.explore,
     "doctor": doctor.doctor,
     "plan": plan.plan,

@@ -130,7 +130,7 @@ def build(
     if resume and (out / "DONE").exists():
         return
     stage = _stage(out, settings, store, sae_path, resume=resume)
-    corpus = _corpus(store, settings.max_tokens)
+    corpus = corpus_of(store, settings.max_tokens)
     views, split = label.views(corpus.tokens, model.d_vocab), label.halves(corpus.docs, seed=settings.seed)
     pairs, found = scan(
         sae,
@@ -207,7 +207,7 @@ def _check_fit(sae: SAE, store: ActivationStore, hook_name: str) -> None:
         )
 
 
-def _corpus(store: ActivationStore, max_tokens: int | None) -> Corpus:
+def corpus_of(store: ActivationStore, max_tokens: int | None) -> Corpus:
     """All rows, or as many as hold ``max_tokens``, spread evenly so that they come from many documents."""
     rows = np.asarray(store.rows("all"))
     n_rows = len(rows) if max_tokens is None else min(len(rows), max(1, max_tokens // store.context))

@@ -15,8 +15,8 @@ Where no rule describes a feature, its effect on the logits may; else the label 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Sequence, Sized
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse
@@ -49,6 +49,19 @@ MIN_SUPPORT = 10
 
 #: Held-out F1 below which a rule is "weak" as well: it described the fitting documents, but not the others.
 MIN_HELD_OUT_F1 = 0.15
+
+
+@runtime_checkable
+class Shown(Protocol):
+    """What counting needs to know of a family of rules: which item each position shows, and how many there are."""
+
+    @property
+    def item(self) -> Int[np.ndarray, " positions"]: ...
+
+    @property
+    def meaning(self) -> Sized:
+        """One entry an item."""
+        ...
 
 
 class View(NamedTuple):
@@ -138,7 +151,7 @@ def views(tokens: Int[np.ndarray, "rows context"], d_vocab: int) -> tuple[View, 
     )
 
 
-def count_firings(pairs: Pairs, clear: Pairs, view: View, split: Halves) -> Counts:
+def count_firings(pairs: Pairs, clear: Pairs, view: Shown, split: Halves) -> Counts:
     """Count how the features of ``pairs`` meet the items of a view; ``clear`` are their clear firings."""
     n_items = len(view.meaning)
     some, every = _meetings(clear, view, split), _meetings(pairs, view, split)
@@ -293,7 +306,7 @@ def rule_text(kind: str, rule: Sequence[RuleItem], vocabulary: Sequence[str]) ->
     if kind == "previous":
         return "after " + listed([vocabulary[item.previous] for item in rule if item.previous is not None])
     pairs = [(vocabulary[a], vocabulary[b]) for a, b in rule if a is not None and b is not None]
-    shown = [f"{_quoted(a)} -> {_quoted(b)}" for a, b in pairs[:3]]
+    shown = [f"{quoted(a)} -> {quoted(b)}" for a, b in pairs[:3]]
     return ", ".join(shown) + (", ..." if len(pairs) > 3 else "")
 
 
@@ -303,15 +316,16 @@ def listed(texts: Sequence[str], n: int = 4) -> str:
     for text in texts:
         first_of.setdefault(text.strip().casefold() or text, text)
     distinct = list(first_of.values())
-    return ", ".join(map(_quoted, distinct[:n])) + (", ..." if len(distinct) > n else "")
+    return ", ".join(map(quoted, distinct[:n])) + (", ..." if len(distinct) > n else "")
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A token as a person reads it: in quotes, with its space, line breaks visible."""
     visible = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
     return f"'{visible}'" if '"' in visible else f'"{visible}"'
 
 
-def _meetings(pairs: Pairs, view: View, split: Halves) -> scipy.sparse.csr_array:
+def _meetings(pairs: Pairs, view: Shown, split: Halves) -> scipy.sparse.csr_array:
     """Features by items: how many positions show the item and make the feature fire, packed for both halves."""
     n_positions, counted = len(view.item), split.fit | split.held_out
     ones = np.ones(len(pairs.positions), np.int64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from saelab_kernels.search.stream import FeatureSearch, SearchSettings
 from saelab_kernels.search.types import Bins, TopState
 
 if TYPE_CHECKING:
-    from saelab.activations.store import ActivationStore
     from saelab.sae.base import SAE
 
 Progress = Callable[[int, int, str], None]
@@ -37,6 +36,19 @@ GROUP = 4
 
 #: Where the state of the pass lies within the directory of an index that is being built.
 CODES, CHECKPOINTS = "codes", "checkpoints"
+
+
+@runtime_checkable
+class ActsByRow(Protocol):
+    """What the pass needs of a store of activations."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def context(self) -> int: ...
+
+    def acts(self, hook_name: str, rows: Int[np.ndarray, " n"]) -> Float[Tensor, "n seq d_in"]: ...
 
 
 class FoundFeatures(NamedTuple):
@@ -72,7 +84,7 @@ class Fired(NamedTuple):
 
 def scan(
     sae: SAE,
-    store: ActivationStore,
+    store: ActsByRow,
     rows: Int[np.ndarray, " rows"],
     folder: Path,
     *,
@@ -114,7 +126,7 @@ def scan(
 
 
 @torch.inference_mode()
-def encoded(sae: SAE, store: ActivationStore, rows: Int[np.ndarray, " rows"], *, hook_name: str) -> Fired:
+def encoded(sae: SAE, store: ActsByRow, rows: Int[np.ndarray, " rows"], *, hook_name: str) -> Fired:
     """The features that fire on every position of ``rows`` but the first.
 
     Raises:

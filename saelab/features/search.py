@@ -12,6 +12,7 @@ from saelab.errors import ArtifactError, ShapeError, TextError
 from saelab.features.records import SearchHit
 
 if TYPE_CHECKING:
+    from saelab.features.encoders import Encoder
     from saelab.features.index import FeatureIndex
     from saelab.models.load import Model
     from saelab.sae.base import SAE
@@ -150,3 +151,32 @@ def _where(codes: TextCodes, feature: int, highest: float) -> str:
     peak = codes.tokens[int(np.argmax(acts))]
     n_fired = sum(act > 0 for act in acts)
     return f'{highest:.2f} on "{peak}", fires on {n_fired} of {len(acts)} tokens'
+
+
+def search_by_meaning(index: FeatureIndex, encoder: Encoder, query: str, *, n: int = 10) -> list[SearchHit]:
+    """The features whose labels and examples mean something similar to ``query``, by the cosine of their embeddings.
+
+    A feature is described by its label and the text of its three strongest examples; dead ones by nothing.
+
+    Raises:
+        TextError: the query is empty.
+    """
+    if not query.strip():
+        raise TextError("there is nothing to look for; type at least one word")
+    alive = np.flatnonzero(index.column("n_fired") > 0)
+    vectors = encoder.embed([_described(index, int(i)) for i in alive] + [query])
+    cosine = vectors[:-1] @ vectors[-1]
+    order = np.argsort(-cosine, kind="stable")[:n]
+    labels, density = index.column("label"), index.column("density")
+    return [
+        SearchHit(int(i), float(c), labels[i], float(density[i]), f"cosine {c:.2f} by {encoder.name}")
+        for i, c in zip(alive[order], cosine[order], strict=True)
+    ]
+
+
+def _described(index: FeatureIndex, feature: int) -> str:
+    record = index.feature(feature)
+    pieces = [
+        "".join(example.tokens[max(0, example.peak - 8) : example.peak + 3]) for example in record.top_examples[:3]
+    ]
+    return "; ".join([record.label.text, *pieces])

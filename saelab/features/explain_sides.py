@@ -1,0 +1,93 @@
+"""The two sides of a report on explanations: the SAE, and the same kind of SAE on the model with random weights.
+
+Both read the same rows of the same text, so that they differ in nothing but what the model has learned.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.activations.capture import read_activations
+from saelab.activations.store import ActivationStore
+from saelab.features import logits
+from saelab.features.codes import Codes
+from saelab.features.config import IndexConfig
+from saelab.features.scan import ActsByRow, Progress, scan
+from saelab.models.load import Model
+from saelab.sae.base import SAE
+
+#: Promoted tokens that the explainer by logits may use.
+N_PROMOTED = 64
+
+#: What the pass keeps besides the pairs is not used here, so as little as it can.
+_LITTLE = IndexConfig(n_examples=1, per_interval=1)
+
+
+class Side(NamedTuple):
+    """An SAE with the model that it reads, and how its activations are come by."""
+
+    name: str
+    sae: SAE
+    model: Model
+    acts: ActsByRow
+    note: str
+    """What it was trained on, for the report."""
+
+
+class Scanned(NamedTuple):
+    """Where the features fire in the text, as positions in it."""
+
+    codes: Codes
+    max: Float[np.ndarray, " features"]
+
+
+class ReadAnew:
+    """A store whose text another model reads: activations are computed when they are asked for."""
+
+    def __init__(self, store: ActivationStore, model: Model) -> None:
+        self._store = store
+        self._model = model
+
+    @property
+    def path(self) -> Path:
+        return self._store.path
+
+    @property
+    def context(self) -> int:
+        return self._store.context
+
+    def acts(self, hook_name: str, rows: Int[np.ndarray, " n"]) -> Float[Tensor, "n seq d_in"]:
+        tokens = self._store.tokens(rows).int().numpy()
+        dtype = torch.bfloat16 if self._model.dtype == torch.bfloat16 else torch.float32
+        return read_activations(self._model, tokens, [hook_name], batch_rows=16, dtype=dtype)[hook_name]
+
+
+def scanned(side: Side, rows: Int[np.ndarray, " rows"], folder: Path, *, progress: Progress | None = None) -> Scanned:
+    """Encode ``rows``, from where an earlier call was stopped; ``folder`` keeps the pairs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = scan(
+        side.sae,
+        side.acts,
+        rows,
+        folder,
+        hook_name=side.sae.metadata.hook_name,
+        settings=_LITTLE,
+        chunk_rows=64,
+        checkpoint_chunks=4,
+        progress=progress,
+    )
+    return Scanned(found.codes, found.found.max)
+
+
+def promoted_tokens(side: Side) -> Int[np.ndarray, "features n"] | None:
+    """The tokens that each feature promotes, best first; None where the hook has no direct effect on the logits."""
+    W_dec, W_U = side.sae.W_dec.detach(), side.model.unembed[:, : side.model.d_vocab]
+    if logits.why_no_table(side.sae.metadata.hook_name, W_dec.shape[1], W_U.shape[0]):
+        return None
+    return logits.logit_table(W_dec, W_U, side.model.final_norm_scale(), n=N_PROMOTED).promoted_ids
