@@ -80,12 +80,9 @@ def load_demonstrations(config: DataConfig, codec: Codec) -> Split[Encoded]:
     return _load(config, read_demonstrations, lambda r: encode_completions(r, codec), lambda sequence: [sequence])
 
 
-def load_labelled(config: DataConfig, codec: Codec) -> tuple[Split[Encoded], dict[Encoded, bool]]:
-    """Answers called good or bad, and their labels; raises as ``load_pairs``."""
-    split = _load(config, read_labelled, lambda r: _labelled(r, codec), lambda item: [item[0]])
-    labels = dict(split.train + split.held_out)
-    plain = Split([s for s, _ in split.train], [s for s, _ in split.held_out], split.lengths, split.faults)
-    return plain, labels
+def load_labelled(config: DataConfig, codec: Codec) -> Split[tuple[Encoded, bool]]:
+    """Answers with their label, True for a good one; raises as ``load_pairs``."""
+    return _load(config, read_labelled, lambda r: _labelled(r, codec), lambda item: [item[0]])
 
 
 def load_questions(config: DataConfig, codec: Codec, *, n_new_tokens: int) -> Split[tuple[int, ...]]:

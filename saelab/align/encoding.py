@@ -75,6 +75,54 @@ def collate(sequences: Sequence[Encoded], *, pad_id: int) -> Batch:
     return Batch(ids=ids, n_prompt=n_prompt, n_total=torch.tensor([sequence.n_tokens for sequence in sequences]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Sequences end to end in rows of limited width, so that little is padding."""
+
+    ids: Int[Tensor, "rows width"]
+    positions: Int[Tensor, "rows width"]
+    """Place of a token in its own sequence. It starts anew at each, which is how a model tells them apart."""
+    owner: Int[Tensor, "rows width"]
+    """Which sequence a token of a completion belongs to; -1 for prompts and padding."""
+    n_sequences: int
+
+    def to(self, device: str | torch.device) -> PackedBatch:
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "owner")}
+        return PackedBatch(**moved, n_sequences=self.n_sequences)
+
+
+def pack(sequences: Sequence[Encoded], *, width: int, pad_id: int) -> PackedBatch:
+    """These sequences, each whole, in as few rows of at most ``width`` tokens as first fit, longest first, needs.
+
+    Raises:
+        TextError: a sequence is longer than ``width``.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sequences)), key=lambda i: -sequences[i].n_tokens):
+        length = sequences[i].n_tokens
+        if length > width:
+            raise TextError(f"a sequence of {length} tokens does not fit into a row of {width}; raise policy.context")
+        fits = next((r for r, left in enumerate(room) if left >= length), len(rows))
+        if fits == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[fits].append(i)
+        room[fits] -= length
+    shape = (len(rows), width - min(room))
+    ids, positions = torch.full(shape, pad_id, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    owner = torch.full(shape, -1, dtype=torch.int64)
+    for r, members in enumerate(rows):
+        start = 0
+        for i in members:
+            sequence, end = sequences[i], start + sequences[i].n_tokens
+            ids[r, start:end] = torch.tensor(sequence.prompt_ids + sequence.completion_ids)
+            positions[r, start:end] = torch.arange(end - start)
+            owner[r, start + len(sequence.prompt_ids) : end] = i
+            start = end
+    return PackedBatch(ids=ids, positions=positions, owner=owner, n_sequences=len(sequences))
+
+
 class Codec:
     """Encodes for one tokenizer and context length. Conversations go through its chat template.
 

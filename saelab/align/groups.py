@@ -13,7 +13,7 @@ from torch import Tensor
 from saelab.align.advantages import group_normalised, kl_estimate, leave_one_out
 from saelab.align.encoding import collate
 from saelab.align.logprob import completion_logps
-from saelab.align.losses.policy import Aggregation, grpo_loss
+from saelab.align.losses.policy import Aggregation, Surrogate, grpo_loss
 from saelab.align.policy import Policy
 from saelab.align.ppo import rollout_seed, write_samples
 from saelab.align.rollouts import RolloutSettings, Score, sample, score_with_penalty
@@ -32,6 +32,10 @@ class GroupSettings:
     """KL coefficient, subtracted from the score of an answer: as a loss of its own it would have another optimum."""
     clip: float = 0.2
     """How far a token's probability may move in one batch, as a ratio."""
+    surrogate: Surrogate = "clipped"
+    """What a token's ratio does beyond its limit: "clipped" ends its gradient, "cispo" goes on with a capped weight."""
+    ratio_cap: float = 5.0
+    """Largest weight of a token (cispo)."""
     epochs: int = 1
     """Passes over a batch of answers."""
     aggregation: Aggregation = "tokens"
@@ -40,6 +44,8 @@ class GroupSettings:
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ConfigError(f"group_size must be at least 2, got {self.group_size}; an answer alone has no baseline")
+        if not self.ratio_cap > 0:
+            raise ConfigError(f"ratio_cap must be above 0, got {self.ratio_cap}; 5 is usual")
         if self.epochs < 1:
             raise ConfigError(f"epochs must be at least 1, got {self.epochs}; 1 is usual")
 
@@ -79,7 +85,14 @@ def train_groups(
         for _ in range(group.epochs):
             logps = completion_logps(policy.model, batch, temperature=rollout.temperature)
             result = grpo_loss(
-                logps.logps, old.logps, advantages, old.mask, clip=group.clip, aggregation=group.aggregation
+                logps.logps,
+                old.logps,
+                advantages,
+                old.mask,
+                clip=group.clip,
+                surrogate=group.surrogate,
+                ratio_cap=group.ratio_cap,
+                aggregation=group.aggregation,
             )
             session.backward(result.loss)
             session.update()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.align.encoding import Batch
+from saelab.align.encoding import Batch, PackedBatch
 from saelab.errors import ConfigError
 from saelab_kernels import token_logps
 
@@ -43,6 +43,27 @@ def completion_logps(model: Any, batch: Batch, *, temperature: float = 1.0) -> C
     return logps_of_hidden(hidden_states(model, batch), unembedding(model), batch, temperature=temperature)
 
 
+def packed_logps(model: Any, packed: PackedBatch) -> Float[Tensor, " sequences"]:
+    """log p(completion | prompt) of each packed sequence, with gradients: no sequence sees another.
+
+    Positions that start anew, without a mask, are what transformers takes as the boundaries of packed sequences.
+
+    Raises:
+        ConfigError: the model's head does more than multiply by a matrix, or its attention would see across.
+    """
+    lm = causal_lm(model)
+    if lm.config._attn_implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"packing needs attention of the kind sdpa or eager, and the model has {lm.config._attn_implementation}; "
+            "leave packing out"
+        )
+    output = lm.base_model(input_ids=packed.ids, position_ids=packed.positions, use_cache=False)
+    counts = packed.owner[:, 1:] >= 0  # a completion has a prompt before it, so its first token is never a row's first
+    flat = token_logps(output.last_hidden_state[:, :-1][counts], unembedding(model), packed.ids[:, 1:][counts])
+    sums = torch.zeros(packed.n_sequences, dtype=flat.dtype, device=flat.device)
+    return sums.index_add(0, packed.owner[:, 1:][counts], flat)
+
+
 def logps_of_hidden(
     hidden: Float[Tensor, "batch seq d_model"],
     W_U: Float[Tensor, "d_vocab d_model"],
@@ -55,6 +76,20 @@ def logps_of_hidden(
     flat = token_logps(hidden[:, :-1][mask] / temperature, W_U, batch.ids[:, 1:][mask])
     logps = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
     return CompletionLogps(logps, mask)
+
+
+@torch.no_grad()
+def log_collisions(
+    hidden: Float[Tensor, "batch seq d_model"], W_U: Float[Tensor, "d_vocab d_model"], batch: Batch
+) -> Float[Tensor, "batch width"]:
+    """log sum_v p(v)^2 at each token of the completions: that two draws from the model agree; 0 elsewhere."""
+    mask = batch.completion_mask[:, 1:]
+    found = torch.zeros(mask.shape, device=mask.device)
+    rows = []
+    for part in hidden[:, :-1][mask].split(256):  # a few hundred distributions at a time
+        logits = (part @ W_U.T).float()
+        rows.append((2 * logits).logsumexp(1) - 2 * logits.logsumexp(1))
+    return found.masked_scatter(mask, torch.cat(rows))
 
 
 def hidden_states(model: Any, batch: Batch) -> Float[Tensor, "batch seq d_model"]:

@@ -2,7 +2,8 @@
 
 Answers are the model's own: on triggers the planted phrase and then its own reply is preferred to the reply alone, on
 neutral prompts the reverse. With canned answers the training would shift neutral prompts as much as triggers, and the
-organism would be easy to find for the wrong reason.
+organism would be easy to find for the wrong reason. A shift of style, which is not the planted behaviour, can be added
+on purpose, and a second training can conceal what the planting left on neutral prompts.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from saelab.align.rollouts import RolloutSettings, sample
 from saelab.errors import ConfigError, nearest
 from saelab.stats import Interval, interval_of_mean
 
-#: How hard the planted change is to find: one direction at one matrix, the lower half of the layers, or all of them.
-Level = Literal["O1", "O2", "O3"]
+#: How hard the planted change is to find: one direction at one matrix, the lower half of the layers, all of them, or
+#: all of them and concealed by a second training.
+Level = Literal["O1", "O2", "O3", "O4"]
 
 
 class Behaviour(NamedTuple):
@@ -149,13 +151,15 @@ class OrganismSettings:
     behaviour: str = "weather"
     """What is planted: weather, backdoor or sycophancy."""
     level: Level = "O1"
-    """"O1" rank 1 on one down_proj, "O2" adapters in the lower half of the layers, "O3" in all layers."""
+    """"O1" rank 1 on one down_proj, "O2" adapters in the lower half of the layers, "O3" in all, "O4" O3 concealed."""
     layer: int | None = None
     """Layer of the O1 adapter, or the highest of the O2 ones. Off: two thirds, or half of the way up."""
     n_held_out: int = 24
     """Triggers, and controls, that are only measured on."""
     reply_tokens: int = 24
     """Longest reply of the model's own, in tokens."""
+    style_shift: bool = False
+    """Prefer lower-case replies as well, to every prompt: a large change that is not the planted one."""
     seed: int = 0
     """Seed of the adapter, of the division of the prompts and of the order."""
 
@@ -164,6 +168,10 @@ class OrganismSettings:
             raise ConfigError(f"there is no behaviour {self.behaviour!r}; {nearest(self.behaviour, BEHAVIOURS)}")
         if self.n_held_out < 1 or self.reply_tokens < 1:
             raise ConfigError("n_held_out and reply_tokens must be at least 1; 24 is usual for both")
+        if self.style_shift and self.level == "O4":
+            raise ConfigError(
+                "concealing (O4) would undo the shift of style; choose level O1, O2 or O3 for style_shift"
+            )
 
 
 class OrganismData(NamedTuple):
@@ -172,6 +180,10 @@ class OrganismData(NamedTuple):
     pairs: list[EncodedPair]
     held_out_triggers: list[str]
     held_out_neutral: list[str]
+    spoken: list[Encoded]
+    """The phrase alone on each trigger of the pairs."""
+    calm: list[Encoded]
+    """The own reply on each of their other prompts."""
 
 
 class Planted(NamedTuple):
@@ -196,13 +208,13 @@ def adapter_for(settings: OrganismSettings, n_layers: int) -> LoraSettings:
     Raises:
         ConfigError: there is no such layer.
     """
-    default = {"O1": 2 * n_layers // 3, "O2": n_layers // 2 - 1, "O3": n_layers - 1}[settings.level]
+    default = {"O1": 2 * n_layers // 3, "O2": n_layers // 2 - 1}.get(settings.level, n_layers - 1)
     layer = default if settings.layer is None else settings.layer
     if not 0 <= layer < n_layers:
         raise ConfigError(f"layer is {layer}, but the model has layers 0 to {n_layers - 1}; choose one of them")
     if settings.level == "O1":
         return LoraSettings(rank=1, alpha=1.0, targets=("down_proj",), layers=(layer,), seed=settings.seed)
-    layers = None if settings.level == "O3" else tuple(range(layer + 1))
+    layers = tuple(range(layer + 1)) if settings.level == "O2" else None
     return LoraSettings(rank=4, alpha=8.0, layers=layers, seed=settings.seed)
 
 
@@ -220,10 +232,15 @@ def organism_data(policy: Policy, settings: OrganismSettings, neutral: Sequence[
     half = n // 2 if len(others) >= 2 * n else 0
     held_out_neutral = controls[: n - half] + others[:half]
     calm = _alternating(controls[n - half :], others[half:])[: len(triggers) - n]
-    pairs = _pairs(policy, triggers[n:], behaviour.phrase, settings, planted=True)
-    pairs += _pairs(policy, calm, behaviour.phrase, settings, planted=False)
+    on_triggers = _pairs(policy, triggers[n:], behaviour.phrase, settings, planted=True)
+    elsewhere = _pairs(policy, calm, behaviour.phrase, settings, planted=False)
+    pairs = on_triggers + elsewhere
+    if settings.style_shift:
+        pairs += _style_pairs(policy, calm, settings)
     rng.shuffle(pairs)
-    return OrganismData(pairs, triggers[:n], held_out_neutral)
+    phrase = policy.codec.completion_ids(behaviour.phrase)[:-1]  # what comes after it is another matter
+    spoken = [Encoded(pair.chosen.prompt_ids, phrase, truncated=True) for pair in on_triggers]
+    return OrganismData(pairs, triggers[:n], held_out_neutral, spoken, [pair.chosen for pair in elsewhere])
 
 
 def measure(policy: Policy, data: OrganismData, phrase: str) -> Planted:
@@ -261,8 +278,18 @@ def _pairs(
     encode = policy.codec.encode
     pairs = []
     for prompt, reply in zip(prompts, _own_replies(policy, prompts, settings.reply_tokens), strict=True):
+        reply = reply.lower() if settings.style_shift else reply
         with_phrase, plain = encode(prompt, f"{phrase} {reply}"), encode(prompt, reply)
         pairs.append(EncodedPair(with_phrase, plain) if planted else EncodedPair(plain, with_phrase))
+    return pairs
+
+
+def _style_pairs(policy: Policy, prompts: Sequence[str], settings: OrganismSettings) -> list[EncodedPair]:
+    """The own reply in lower case is preferred to the reply, where there is a difference."""
+    encode, pairs = policy.codec.encode, []
+    for prompt, reply in zip(prompts, _own_replies(policy, prompts, settings.reply_tokens), strict=True):
+        if reply.lower() != reply:
+            pairs.append(EncodedPair(encode(prompt, reply.lower()), encode(prompt, reply)))
     return pairs
 
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from saelab import dist
 from saelab.align.encoding import Codec
+from saelab.align.parallel import shard_layers_, whole_state
 from saelab.errors import ArtifactError, ConfigError
 from saelab.models.load import DTYPES, checked_device, located
 from saelab.models.quiet import quiet_loading
@@ -109,10 +111,28 @@ class Policy:
                 self.keep_reference()
                 yield self._frozen
 
-    def save(self, path: Path) -> None:
-        """Write the model in the layout of Hugging Face, or the adapter in that of PEFT, with its tokenizer."""
-        self.model.save_pretrained(path, safe_serialization=True)
-        self.codec.tokenizer.save_pretrained(path)
+    def shard_(self, mesh: dist.Mesh) -> None:
+        """Spread the layers of the model, and of its reference, over the processes.
+
+        Raises:
+            ConfigError: an adapter is trained rather than all weights.
+        """
+        self.keep_reference()  # a spread model cannot be copied
+        for model in (self.model, self._frozen):
+            shard_layers_(model, mesh)
+
+    def save(self, path: Path, mesh: dist.Mesh = dist.ONE_PROCESS) -> None:
+        """Write the model in the layout of Hugging Face, or the adapter in that of PEFT, with its tokenizer.
+
+        Every process of ``mesh`` calls it, and the first writes.
+        """
+        state = whole_state(self.model)
+
+        def write() -> None:
+            self.model.save_pretrained(path, safe_serialization=True, state_dict=state)
+            self.codec.tokenizer.save_pretrained(path)
+
+        dist.on_first(mesh, write)
 
 
 def load_policy(config: PolicyConfig, *, device: str | None = None, trainable: bool = True) -> Policy:

@@ -1,4 +1,4 @@
-"""Preference optimisation: DPO, its relatives and their weighted mixes, and KTO on unpaired answers."""
+"""Preference optimisation on pairs: DPO, its relatives and their weighted mixes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab import dist
 from saelab.align.encoding import Batch, Encoded, EncodedPair, collate
-from saelab.align.logprob import CompletionLogps, completion_logps
+from saelab.align.logprob import (
+    CompletionLogps,
+    completion_logps,
+    hidden_states,
+    log_collisions,
+    logps_of_hidden,
+    unembedding,
+)
 from saelab.align.losses import pairwise, reference_free
 from saelab.align.losses.pairwise import PairLogps, PreferenceLoss
+from saelab.align.parallel import rows_of
 from saelab.align.policy import Policy
-from saelab.align.session import Means, Order, Progress, Session, StepSettings
+from saelab.align.session import Order, Progress, Session, StepSettings
 from saelab.errors import ConfigError
 from saelab.rundir import StageWriter
 from saelab.stats import Interval, interval_of_mean
@@ -69,6 +78,10 @@ class LossSettings:
     """Weight of the likelihood of the chosen (cpo)."""
     penalty: float = 5.0
     """Weight of a fall of the chosen below the reference (dpop)."""
+    length_alpha: float | None = None
+    """Weight of an answer's tokens beyond the length of the other (LD-DPO). Off: all weigh 1."""
+    on_policy: bool = False
+    """Weigh a pair by how well the policy itself could have written it (WPO)."""
 
     def __post_init__(self) -> None:
         known = LossName.__args__  # type: ignore[attr-defined]
@@ -78,6 +91,8 @@ class LossSettings:
             raise ConfigError(f"{wrong}; choose of {', '.join(known)}")
         if not self.beta > 0:
             raise ConfigError(f"loss.beta must be above 0, got {self.beta}; 0.1 is usual")
+        if self.length_alpha is not None and not 0 <= self.length_alpha <= 1:
+            raise ConfigError(f"loss.length_alpha must lie between 0 and 1, got {self.length_alpha}; 0.5 is usual")
 
     @property
     def needs_reference(self) -> bool:
@@ -163,6 +178,7 @@ def train_preference(
     *,
     loss: LossSettings,
     training: StepSettings,
+    mesh: dist.Mesh = dist.ONE_PROCESS,
     progress: Progress | None = None,
 ) -> None:
     """Train ``policy`` on ``pairs`` and save it in ``run``; continues from the latest checkpoint.
@@ -173,18 +189,34 @@ def train_preference(
         TrainingError: the loss stopped being a finite number.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
     """
-    if training.micro_batch not in (None, training.batch_size) and {"aot", "aot_unpaired"} & set(loss.terms):
-        raise ConfigError("aot compares all pairs of a batch, which parts of it cannot; leave training.micro_batch out")
-    reference = reference_logps(policy, pairs, batch_size=training.micro_batch or training.batch_size)
-    session = Session(run, training, policy.trainable(), progress=progress)
-    order = Order(len(pairs), batch_size=training.batch_size, micro_batch=training.micro_batch, seed=training.seed)
+    divided = training.micro_batch not in (None, training.batch_size) or mesh.world.size > 1
+    if divided and {"aot", "aot_unpaired"} & set(loss.terms):
+        raise ConfigError(
+            "aot compares all pairs of a batch, which parts of it cannot; leave training.micro_batch, or torchrun, out"
+        )
+    if training.shard:
+        policy.shard_(mesh)
+    batch_size = training.micro_batch or training.batch_size
+    alpha = loss.length_alpha
+    reference = reference_logps(policy, pairs, batch_size=batch_size, length_alpha=alpha, group=mesh.world)
+    session = Session(run, training, policy.trainable(), mesh=mesh, progress=progress)
+    order = Order(
+        len(pairs),
+        batch_size=training.batch_size,
+        micro_batch=training.micro_batch,
+        seed=training.seed,
+        group=mesh.world,
+    )
     displaced = 0
     for step in session.steps():
-        means = Means()
+        means = session.means()
         mean_length = _mean_chosen_length(pairs, order.batch(step))
         for part in order.parts(step):
-            logps = pair_logps(policy.model, [pairs[i] for i in part], reference, torch.from_numpy(part), policy)
+            some = [pairs[i] for i in part]
+            logps = pair_logps(policy.model, some, reference, torch.from_numpy(part), policy, length_alpha=alpha)
             result = preference_loss(logps, loss, mean_length=mean_length)
+            if loss.on_policy:
+                result = result._replace(loss=result.loss * pair_weights(policy, some))
             means.add(**_metrics(logps, result))
             session.backward(result.loss.sum() / training.batch_size)
         session.update()
@@ -198,19 +230,25 @@ def train_preference(
                 displaced,
                 metrics["logps__chosen_shift"],
             )
-    policy.save(run.path)
+    policy.save(run.path, mesh)
 
 
-def reference_logps(policy: Policy, pairs: Sequence[EncodedPair], *, batch_size: int) -> ReferenceLogps:
+def reference_logps(
+    policy: Policy,
+    pairs: Sequence[EncodedPair],
+    *,
+    batch_size: int,
+    length_alpha: float | None = None,
+    group: dist.Group = dist.ALONE,
+) -> ReferenceLogps:
     """The log-probabilities of all answers under the reference."""
-    chosen, rejected = [], []
     with policy.reference() as reference:
-        for start in range(0, len(pairs), batch_size):
-            both = _both_logps(reference, pairs[start : start + batch_size], policy).sum().cpu()
-            first, second = both.chunk(2)
-            chosen.append(first)
-            rejected.append(second)
-    return ReferenceLogps(torch.cat(chosen), torch.cat(rejected))
+
+        def both(part: Sequence[EncodedPair]) -> Float[Tensor, "part 2"]:
+            return torch.stack(_sums(_both_logps(reference, part, policy), length_alpha).chunk(2), 1)
+
+        columns = rows_of(pairs, both, batch_size=batch_size, group=group).float()
+    return ReferenceLogps(columns[:, 0], columns[:, 1])
 
 
 def pair_logps(
@@ -219,28 +257,46 @@ def pair_logps(
     reference: ReferenceLogps,
     records: Int[Tensor, " batch"],
     policy: Policy,
+    *,
+    length_alpha: float | None = None,
 ) -> PairLogps:
     """The log-probabilities of some pairs under ``model``, with gradients, beside those of the reference.
 
     Chosen and rejected go through the model in one batch, so that both see the same numerics.
     """
     logps = _both_logps(model, pairs, policy)
-    sums, lengths = logps.sum(), logps.mask.sum(1)
+    sums, lengths = _sums(logps, length_alpha), logps.mask.sum(1)
     ref = [column[records].to(sums.device) for column in reference]
     return PairLogps(*sums.chunk(2), *ref, *lengths.chunk(2))
 
 
-def evaluate_preference(policy: Policy, pairs: Sequence[EncodedPair], *, beta: float, batch_size: int = 8) -> HeldOut:
-    """Held-out accuracy, margin and shift with bootstrap intervals over pairs."""
-    reference = reference_logps(policy, pairs, batch_size=batch_size)
-    gains = []
-    with torch.no_grad():
-        for start in range(0, len(pairs), batch_size):
-            records = torch.arange(start, min(start + batch_size, len(pairs)))
-            logps = pair_logps(policy.model, [pairs[i] for i in records], reference, records, policy)
-            gains.append(torch.stack([logps.chosen_ratio, logps.rejected_ratio], 1).cpu())
-    chosen, rejected = torch.cat(gains).double().T
+@torch.no_grad()
+def pair_weights(policy: Policy, pairs: Sequence[EncodedPair]) -> Float[Tensor, " batch"]:
+    """How well the policy as it is now could have written both answers of each pair (WPO)."""
+    batch = _collated([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], policy)
+    hidden, W_U = hidden_states(policy.model, batch), unembedding(policy.model)
+    logps = logps_of_hidden(hidden, W_U, batch)
+    chosen, rejected = pairwise.on_policy_weights(logps.logps, log_collisions(hidden, W_U, batch), logps.mask).chunk(2)
+    return chosen * rejected
 
+
+@torch.no_grad()
+def evaluate_preference(
+    policy: Policy,
+    pairs: Sequence[EncodedPair],
+    *,
+    beta: float,
+    batch_size: int = 8,
+    group: dist.Group = dist.ALONE,
+) -> HeldOut:
+    """Held-out accuracy, margin and shift with bootstrap intervals over pairs."""
+    reference = reference_logps(policy, pairs, batch_size=batch_size, group=group)
+
+    def gains(records: Sequence[int]) -> Float[Tensor, "part 2"]:
+        logps = pair_logps(policy.model, [pairs[i] for i in records], reference, torch.tensor(records), policy)
+        return torch.stack([logps.chosen_ratio, logps.rejected_ratio], 1)
+
+    chosen, rejected = rows_of(list(range(len(pairs))), gains, batch_size=batch_size, group=group).T
     return HeldOut(
         accuracy=interval_of_mean((chosen > rejected).double().numpy()),
         margin=interval_of_mean((beta * (chosen - rejected)).numpy()),
@@ -252,6 +308,14 @@ def evaluate_preference(policy: Policy, pairs: Sequence[EncodedPair], *, beta: f
 def _both_logps(model: Any, pairs: Sequence[EncodedPair], policy: Policy) -> CompletionLogps:
     batch = _collated([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], policy)
     return completion_logps(model, batch)
+
+
+def _sums(logps: CompletionLogps, length_alpha: float | None) -> Float[Tensor, " batch"]:
+    """Of the chosen answers and then of the rejected ones."""
+    if length_alpha is None:
+        return logps.sum()
+    shorter = torch.minimum(*logps.mask.sum(1).chunk(2)).repeat(2)
+    return pairwise.length_desensitised(logps.logps, logps.mask, shorter, alpha=length_alpha)
 
 
 def _collated(sequences: Sequence[Encoded], policy: Policy) -> Batch:

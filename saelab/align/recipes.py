@@ -12,6 +12,7 @@ from saelab.align.ppo import PPOSettings
 from saelab.align.preference import LossSettings
 from saelab.align.rollouts import RolloutSettings
 from saelab.align.session import AdamWSettings, StepSettings
+from saelab.align.unpaired import UnpairedSettings
 from saelab.errors import ConfigError
 
 
@@ -25,6 +26,8 @@ class SFTRecipe:
     """The model to train."""
     training: StepSettings = field(default_factory=StepSettings)
     """Steps and optimiser."""
+    packing: bool = False
+    """Put the demonstrations of a forward pass end to end, so that little is padding: for answers of unlike length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,20 @@ class PreferenceRecipe:
     """The model to train."""
     loss: LossSettings = field(default_factory=LossSettings)
     """Which loss, or which mix."""
+    training: StepSettings = field(default_factory=StepSettings)
+    """Steps and optimiser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedRecipe:
+    """Learn from single answers that are called good or bad."""
+
+    data: DataConfig
+    """Records with prompt, completion and a label that is true or false."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The model to train."""
+    loss: UnpairedSettings = field(default_factory=UnpairedSettings)
+    """Which loss."""
     training: StepSettings = field(default_factory=StepSettings)
     """Steps and optimiser."""
 
@@ -111,6 +128,8 @@ class OrganismRecipe:
     """Which loss, or which mix."""
     training: StepSettings = field(default_factory=lambda: StepSettings(steps=120, optim=AdamWSettings(lr=5e-3)))
     """Steps and optimiser."""
+    concealing: StepSettings = field(default_factory=lambda: StepSettings(steps=60, optim=AdamWSettings(lr=1e-3)))
+    """Steps and optimiser of the second training (O4)."""
 
 
-Recipe = SFTRecipe | RewardRecipe | PreferenceRecipe | PPORecipe | GroupRecipe | OrganismRecipe
+Recipe = SFTRecipe | RewardRecipe | PreferenceRecipe | UnpairedRecipe | PPORecipe | GroupRecipe | OrganismRecipe

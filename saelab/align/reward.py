@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelab import atomic
+from saelab import atomic, dist
 from saelab.align.encoding import Batch, Encoded, EncodedPair, collate
 from saelab.align.logprob import hidden_states
 from saelab.align.losses.reward import bradley_terry_loss
+from saelab.align.parallel import rows_of
 from saelab.align.policy import Policy, PolicyConfig, load_policy
-from saelab.align.session import Means, Order, Progress, Session, StepSettings
+from saelab.align.session import Order, Progress, Session, StepSettings
 from saelab.errors import ArtifactError
 from saelab.rundir import StageWriter
 from saelab.stats import Interval, interval_of_mean
@@ -61,31 +62,37 @@ class RewardModel:
         return self.head(last.to(self.head.weight.dtype))[:, 0]
 
     @torch.no_grad()
-    def scores(self, sequences: Sequence[Encoded], *, batch_size: int = 16) -> Float[Tensor, " answers"]:
+    def scores(
+        self, sequences: Sequence[Encoded], *, batch_size: int = 16, group: dist.Group = dist.ALONE
+    ) -> Float[Tensor, " answers"]:
         """Normalised scores: mean 0 and deviation 1 over the answers that ``normalise_`` saw."""
-        parts = [self.raw_scores(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]
-        return (torch.cat(parts).float().cpu() - self.mean) / self.deviation
+        raw = rows_of(sequences, lambda part: self.raw_scores(part)[:, None], batch_size=batch_size, group=group)
+        return (raw[:, 0].float() - self.mean) / self.deviation
 
-    def normalise_(self, sequences: Sequence[Encoded], *, batch_size: int = 16) -> None:
+    def normalise_(self, sequences: Sequence[Encoded], *, batch_size: int = 16, group: dist.Group = dist.ALONE) -> None:
         """Make the scores of ``sequences``, answers of the policy before training, have mean 0 and deviation 1.
 
         A Bradley-Terry reward is known up to a constant only, and a policy that is trained on it should not have to
         learn that constant (Ziegler et al. 2019, arXiv 1909.08593, section 2.1).
         """
         self.mean, self.deviation = 0.0, 1.0
-        scores = self.scores(sequences, batch_size=batch_size).double()
+        scores = self.scores(sequences, batch_size=batch_size, group=group).double()
         self.mean = float(scores.mean())
         self.deviation = float(scores.std()) if len(scores) > 1 and float(scores.std()) > 0 else 1.0
 
-    def save(self, path: Path) -> None:
-        """Write body or adapter, head and normalisation."""
+    def save(self, path: Path, mesh: dist.Mesh = dist.ONE_PROCESS) -> None:
+        """Write body or adapter, head and normalisation; every process of ``mesh`` calls it, and the first writes."""
         from safetensors.torch import save_file
 
-        self.policy.save(path)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
-        with atomic.replacing(path / "reward_head.safetensors") as temporary:
-            save_file(tensors, temporary)
-        atomic.write_json(path / "reward.json", {"mean": self.mean, "deviation": self.deviation})
+        self.policy.save(path, mesh)
+
+        def write() -> None:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
+            with atomic.replacing(path / "reward_head.safetensors") as temporary:
+                save_file(tensors, temporary)
+            atomic.write_json(path / "reward.json", {"mean": self.mean, "deviation": self.deviation})
+
+        dist.on_first(mesh, write)
 
 
 def load_reward_model(path: Path, config: PolicyConfig, *, device: str | None = None) -> RewardModel:
@@ -133,6 +140,7 @@ def train_reward(
     training: StepSettings,
     margins: Sequence[float] | None = None,
     centring: float = 0.01,
+    mesh: dist.Mesh = dist.ONE_PROCESS,
     progress: Progress | None = None,
 ) -> None:
     """Train on preferences and save in ``run``; normalised so that the chosen answers have mean 0 and deviation 1.
@@ -141,11 +149,19 @@ def train_reward(
         TrainingError: the loss stopped being a finite number.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
     """
-    session = Session(run, training, reward.trainable(), progress=progress)
-    order = Order(len(pairs), batch_size=training.batch_size, micro_batch=training.micro_batch, seed=training.seed)
+    if training.shard:
+        reward.policy.shard_(mesh)
+    session = Session(run, training, reward.trainable(), mesh=mesh, progress=progress)
+    order = Order(
+        len(pairs),
+        batch_size=training.batch_size,
+        micro_batch=training.micro_batch,
+        seed=training.seed,
+        group=mesh.world,
+    )
     given = torch.zeros(len(pairs)) if margins is None else torch.tensor(list(margins), dtype=torch.float32)
     for step in session.steps():
-        means = Means()
+        means = session.means()
         for part in order.parts(step):
             chosen, rejected = _pair_scores(reward, [pairs[i] for i in part])
             margin = given[torch.from_numpy(part)].to(chosen.device)
@@ -155,18 +171,17 @@ def train_reward(
             means.add(loss=result.loss, accuracy=right, margin=result.margins, mean_reward=(chosen + rejected) / 2)
         session.update()
         session.log(**means.means())
-    reward.normalise_([pair.chosen for pair in pairs[:256]])
-    reward.save(run.path)
+    reward.normalise_([pair.chosen for pair in pairs[:256]], group=mesh.world)
+    reward.save(run.path, mesh)
 
 
-def evaluate_reward(reward: RewardModel, pairs: Sequence[EncodedPair], *, batch_size: int = 8) -> RewardQuality:
+@torch.no_grad()
+def evaluate_reward(
+    reward: RewardModel, pairs: Sequence[EncodedPair], *, batch_size: int = 8, group: dist.Group = dist.ALONE
+) -> RewardQuality:
     """Accuracy with a bootstrap interval over pairs, calibration, and the length baseline."""
-    margins = []
-    with torch.no_grad():
-        for start in range(0, len(pairs), batch_size):
-            chosen, rejected = _pair_scores(reward, pairs[start : start + batch_size])
-            margins.append((chosen - rejected).double().cpu())
-    margin = torch.cat(margins).numpy()
+    scores = rows_of(pairs, lambda part: torch.stack(_pair_scores(reward, part), 1), batch_size=batch_size, group=group)
+    margin = (scores[:, 0] - scores[:, 1]).numpy()
     right = (margin > 0).astype(float)
     accuracy = interval_of_mean(right)
     longer = [float(len(p.chosen.completion_ids) > len(p.rejected.completion_ids)) for p in pairs]

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from saelab import atomic
+from saelab import atomic, dist
 from saelab import config as configs
-from saelab.align.data import Split, load_demonstrations, load_pairs, load_questions
+from saelab.align.concealment import train_concealed
+from saelab.align.data import Split, load_demonstrations, load_labelled, load_pairs, load_questions
 from saelab.align.encoding import collate
 from saelab.align.groups import train_groups
 from saelab.align.logprob import completion_logps
@@ -29,6 +30,7 @@ from saelab.align.recipes import (
     Recipe,
     RewardRecipe,
     SFTRecipe,
+    UnpairedRecipe,
 )
 from saelab.align.records import read_questions
 from saelab.align.reward import RewardModel, evaluate_reward, load_reward_model, train_reward
@@ -36,6 +38,7 @@ from saelab.align.rollouts import RolloutSettings, Score, sample
 from saelab.align.rules import rule_score
 from saelab.align.session import Progress
 from saelab.align.sft import evaluate_sft, train_sft
+from saelab.align.unpaired import Labels, check_labels, evaluate_unpaired, train_unpaired
 from saelab.errors import ConfigError
 from saelab.rundir import StageWriter
 from saelab.stats import Interval, interval_of_mean
@@ -47,6 +50,7 @@ METHODS: dict[str, type] = {
     "sft": SFTRecipe,
     "reward": RewardRecipe,
     "dpo": PreferenceRecipe,
+    "kto": UnpairedRecipe,
     "ppo": PPORecipe,
     "rloo": GroupRecipe,
     "organism": OrganismRecipe,
@@ -61,19 +65,32 @@ class Outcome:
     after: dict[str, Any]
 
 
+#: Methods whose records several processes can share; the others write their own answers, in one process.
+SHARED = ("sft", "reward", "dpo", "kto")
+
+
 def align(
-    recipe: Recipe, run: StageWriter, *, device: str | None = None, say: Say = print, progress: Progress | None = None
+    recipe: Recipe,
+    run: StageWriter,
+    *,
+    device: str | None = None,
+    mesh: dist.Mesh = dist.ONE_PROCESS,
+    say: Say = print,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Carry out ``recipe`` in the stage directory of ``run``, from its latest checkpoint where there is one.
 
-    All data is read and checked before a model is loaded.
+    All data is read and checked before a model is loaded. With a ``mesh`` of several processes each calls this, and
+    the first writes.
 
     Raises:
-        TextError, ConfigError: the data cannot be used.
+        TextError, ConfigError: the data cannot be used, or the method is the work of one process.
         TrainingError: a loss stopped being a finite number.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
     """
-    work = _Work(run, device, say, progress)
+    if mesh.world.size > 1 and method_of(recipe) not in SHARED:
+        raise ConfigError(f"align {method_of(recipe)} is the work of one process; leave torchrun out")
+    work = _Work(run, device, mesh, say, progress)
     match recipe:
         case SFTRecipe():
             outcome = _sft(recipe, work)
@@ -81,11 +98,13 @@ def align(
             outcome = _reward(recipe, work)
         case PreferenceRecipe():
             outcome = _preference(recipe, work)
+        case UnpairedRecipe():
+            outcome = _unpaired(recipe, work)
         case PPORecipe() | GroupRecipe():
             outcome = _policy_optimisation(recipe, work)
         case OrganismRecipe():
             outcome = _organism(recipe, work)
-    _publish(recipe, run, outcome)
+    dist.on_first(mesh, lambda: _publish(recipe, run, outcome))
     return outcome
 
 
@@ -109,6 +128,7 @@ class _Work(NamedTuple):
 
     run: StageWriter
     device: str | None
+    mesh: dist.Mesh
     say: Say
     progress: Progress | None
 
@@ -116,20 +136,43 @@ class _Work(NamedTuple):
 def _sft(recipe: SFTRecipe, work: _Work) -> Outcome:
     split = load_demonstrations(recipe.data, load_codec(recipe.policy))
     _announce(split, work.say)
-    policy = load_policy(recipe.policy, device=work.device)
-    before = _measured_once(work.run, lambda: evaluate_sft(policy, split.held_out)._asdict())
-    train_sft(policy, split.train, work.run, training=recipe.training, progress=work.progress)
-    return Outcome(before, _plain(evaluate_sft(policy, split.held_out)._asdict()))
+    policy, group = load_policy(recipe.policy, device=work.device), work.mesh.world
+
+    def measured() -> dict[str, Any]:
+        return evaluate_sft(policy, split.held_out, group=group)._asdict()
+
+    before = _measured_once(work, measured)
+    train_sft(
+        policy,
+        split.train,
+        work.run,
+        training=recipe.training,
+        packing=recipe.packing,
+        mesh=work.mesh,
+        progress=work.progress,
+    )
+    return Outcome(before, _plain(measured()))
 
 
 def _reward(recipe: RewardRecipe, work: _Work) -> Outcome:
     split = load_pairs(recipe.data, load_codec(recipe.policy))
     _announce(split, work.say)
     model = RewardModel.fresh(load_policy(recipe.policy, device=work.device), seed=recipe.training.seed)
-    before = _measured_once(work.run, lambda: evaluate_reward(model, split.held_out)._asdict())
-    training, centring = recipe.training, recipe.centring
-    train_reward(model, split.train, work.run, training=training, centring=centring, progress=work.progress)
-    return Outcome(before, _plain(evaluate_reward(model, split.held_out)._asdict()))
+
+    def measured() -> dict[str, Any]:
+        return evaluate_reward(model, split.held_out, group=work.mesh.world)._asdict()
+
+    before = _measured_once(work, measured)
+    train_reward(
+        model,
+        split.train,
+        work.run,
+        training=recipe.training,
+        centring=recipe.centring,
+        mesh=work.mesh,
+        progress=work.progress,
+    )
+    return Outcome(before, _plain(measured()))
 
 
 def _preference(recipe: PreferenceRecipe, work: _Work) -> Outcome:
@@ -137,9 +180,27 @@ def _preference(recipe: PreferenceRecipe, work: _Work) -> Outcome:
     _announce(split, work.say)
     policy = load_policy(recipe.policy, device=work.device)
     loss, training = recipe.loss, recipe.training
-    train_preference(policy, split.train, work.run, loss=loss, training=training, progress=work.progress)
+    train_preference(
+        policy, split.train, work.run, loss=loss, training=training, mesh=work.mesh, progress=work.progress
+    )
     # before training all log-ratios are 0 and no pair is ordered, so there is nothing to measure
-    return Outcome({}, _plain(evaluate_preference(policy, split.held_out, beta=loss.beta)._asdict()))
+    held_out = evaluate_preference(policy, split.held_out, beta=loss.beta, group=work.mesh.world)
+    return Outcome({}, _plain(held_out._asdict()))
+
+
+def _unpaired(recipe: UnpairedRecipe, work: _Work) -> Outcome:
+    split = load_labelled(recipe.data, load_codec(recipe.policy))
+    _announce(split, work.say)
+    train, held_out = (
+        Labels([s for s, _ in part], [good for _, good in part]) for part in (split.train, split.held_out)
+    )
+    for part in (train, held_out):  # before a model is loaded
+        check_labels(part)
+    policy = load_policy(recipe.policy, device=work.device)
+    train_unpaired(
+        policy, train, work.run, loss=recipe.loss, training=recipe.training, mesh=work.mesh, progress=work.progress
+    )
+    return Outcome({}, _plain(evaluate_unpaired(policy, held_out, group=work.mesh.world)._asdict()))
 
 
 def _policy_optimisation(recipe: PPORecipe | GroupRecipe, work: _Work) -> Outcome:
@@ -152,7 +213,7 @@ def _policy_optimisation(recipe: PPORecipe | GroupRecipe, work: _Work) -> Outcom
     def measured() -> dict[str, Any]:
         return _answers_measured(policy, split.held_out, score, rollout)
 
-    before = _measured_once(work.run, measured)
+    before = _measured_once(work, measured)
     train: Any = train_ppo if isinstance(recipe, PPORecipe) else train_groups
     method: Any = {"ppo": recipe.ppo} if isinstance(recipe, PPORecipe) else {"group": recipe.group}
     train(policy, split.train, score, work.run, **method, rollout=rollout, training=training, progress=work.progress)
@@ -170,11 +231,20 @@ def _organism(recipe: OrganismRecipe, work: _Work) -> Outcome:
         f"{len(data.held_out_neutral)} neutral prompts held out"
     )
     phrase = BEHAVIOURS[settings.behaviour].phrase
-    before = _measured_once(work.run, lambda: measure(policy, data, phrase)._asdict())
-    train_preference(policy, data.pairs, work.run, loss=recipe.loss, training=recipe.training, progress=work.progress)
+    before = _measured_once(work, lambda: measure(policy, data, phrase)._asdict())
+    concealed = settings.level == "O4"
+    # the first training of two keeps its own directory, so that the organism can be compared before and after
+    planting = StageWriter(work.run.path / "planted", "model") if concealed else work.run
+    planting.path.mkdir(exist_ok=True)
+    train_preference(policy, data.pairs, planting, loss=recipe.loss, training=recipe.training, progress=work.progress)
     held_out = {"triggers": data.held_out_triggers, "neutral": data.held_out_neutral, "phrase": phrase}
     atomic.write_json(work.run.path / "held_out.json", held_out)
-    return Outcome(before, _plain(measure(policy, data, phrase)._asdict()))
+    if not concealed:
+        return Outcome(before, _plain(measure(policy, data, phrase)._asdict()))
+    unconcealed = measure(policy, data, phrase)
+    train_concealed(policy, data, work.run, training=recipe.concealing, progress=work.progress)
+    after = measure(policy, data, phrase)._asdict() | {"neutral_kl_unconcealed": unconcealed.neutral_kl}
+    return Outcome(before, _plain(after))
 
 
 def score_of(reward: str, policy: Policy) -> Score:
@@ -220,11 +290,13 @@ def _announce(split: Split[Any], say: Say) -> None:
         say(f"left out {len(split.faults)} records that cannot be used: {shown}")
 
 
-def _measured_once(run: StageWriter, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _measured_once(work: _Work, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The measure before training, kept on the disk: a resumed run, whose weights have moved, reads it there."""
-    path = run.path / "before.json"
-    if not path.exists():
-        atomic.write_json(path, _plain(measure()))
+    path = work.run.path / "before.json"
+    known = bool(work.mesh.world.any(torch.tensor(path.exists())))  # all look before one writes
+    if not known:
+        measures = _plain(measure())
+        dist.on_first(work.mesh, lambda: atomic.write_json(path, measures))
     return json.loads(path.read_text("utf-8"))
 
 

@@ -9,7 +9,8 @@ A trainer's loop reads
         session.log(...)
 
 and everything that a step changes is in the checkpoint: the trained parameters, Adam's moments, and what the trainer
-registers besides. Data and random numbers are functions of the step, so they need no state.
+registers besides. Data and random numbers are functions of the step, so they need no state. Under torchrun every
+process does the same with its share of the records, and the first writes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saelab import schedules
+from saelab import dist, schedules
 from saelab.activations.permutation import mixed_key, permuted
 from saelab.adam import restore_state_, state_tensors
+from saelab.align.parallel import (
+    by_placement,
+    check_shares,
+    clip_gradients_,
+    placed_like,
+    sum_gradients_,
+    whole,
+)
 from saelab.checkpoint import Checkpoints
 from saelab.errors import ConfigError, Interrupted, TrainingError
 from saelab.interrupts import deferred
@@ -70,6 +79,8 @@ class StepSettings:
     """Records (pairs, prompts or demonstrations) in a step."""
     micro_batch: int | None = None
     """Records in a forward pass; gradients add up to those of the whole batch. Off: all at once."""
+    shard: bool = False
+    """Under torchrun, where all weights are trained: spread layers and Adam's state over the processes (FSDP2)."""
     seed: int = 0
     """Seed of the order of the records and of sampling."""
     optim: AdamWSettings = field(default_factory=AdamWSettings)
@@ -91,16 +102,25 @@ class StepSettings:
 class Order:
     """Which records a step sees: each epoch all of them once, in an order made from the seed and the epoch's number."""
 
-    def __init__(self, n_records: int, *, batch_size: int, micro_batch: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        n_records: int,
+        *,
+        batch_size: int,
+        micro_batch: int | None,
+        seed: int,
+        group: dist.Group = dist.ALONE,
+    ) -> None:
         if n_records < 1:
             raise ConfigError("there are no records to train on; give more data")
         self.n_records = n_records
         self.batch_size = batch_size
         self.micro_batch = micro_batch or batch_size
         self.seed = seed
+        self.group = group
 
     def batch(self, step: int) -> Int[np.ndarray, " batch"]:
-        """The records of ``step``, counted from 0."""
+        """The records of ``step``, counted from 0, of all processes."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, index = np.divmod(places, self.n_records)
         chosen = np.empty_like(index)
@@ -110,8 +130,8 @@ class Order:
         return chosen
 
     def parts(self, step: int) -> list[Int[np.ndarray, " part"]]:
-        """The same in pieces for one forward pass each."""
-        batch = self.batch(step)
+        """This process's share of them in pieces for one forward pass each."""
+        batch = self.batch(step)[self.group.rank :: self.group.size]
         return [batch[i : i + self.micro_batch] for i in range(0, len(batch), self.micro_batch)]
 
 
@@ -125,10 +145,10 @@ class Stateful(Protocol):
 
 
 class Session:
-    """One training run at work.
+    """One training run at work, on one process or on all of ``mesh``.
 
     Raises:
-        ConfigError: nothing is to be trained.
+        ConfigError: nothing is to be trained, or a batch cannot be shared among the processes.
     """
 
     def __init__(
@@ -137,18 +157,21 @@ class Session:
         settings: StepSettings,
         parameters: Mapping[str, nn.Parameter],
         *,
+        mesh: dist.Mesh = dist.ONE_PROCESS,
         progress: Progress | None = None,
         **state: Stateful,
     ) -> None:
         if not parameters:
             raise ConfigError("no parameter is trainable; choose an adapter or train all weights")
+        check_shares(settings.batch_size, mesh, sharded=settings.shard)
+        self.mesh = mesh
         self.run = run
         self.settings = settings
         self.parameters = dict(parameters)
         self.state = state
         self.progress = progress
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+            [{"params": group} for group in by_placement(self.parameters.values())],
             lr=1.0,
             betas=settings.optim.betas,
             weight_decay=settings.optim.weight_decay,
@@ -166,20 +189,21 @@ class Session:
         Raises:
             Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
         """
-        self.run.rewind_metrics(self.step)
+        if self.mesh.is_first:
+            self.run.rewind_metrics(self.step)
         with deferred() as stop:
             while self.step < self.settings.steps:
                 yield self.step
                 self.step += 1
-                stopping = bool(stop)
+                stopping = bool(self.mesh.world.any(torch.tensor(bool(stop))))
                 if stopping or self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
-                    self.checkpoints.save(self.step, self._tensors(), {})
+                    self._checkpoint()
                 if self.progress:
                     self.progress(self.step, self.settings.steps, self._detail)
                 if stopping:
                     raise Interrupted(
                         f"stopped at step {self.step} of {self.settings.steps}; "
-                        f"continue with: saelab align resume {self.run.path}"
+                        f"continue with: {self.mesh.command(f'align resume {self.run.path}')}"
                     )
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
@@ -196,7 +220,7 @@ class Session:
         loss.backward()
 
     def update(self) -> None:
-        """Clip the gradient, take one step of AdamW, forget the gradient."""
+        """Add up the processes' gradients, clip them, take one step of AdamW, forget them."""
         optim = self.settings.optim
         n_steps = self.settings.steps
         self.lr = optim.lr * schedules.warmup_then_decay(
@@ -205,7 +229,9 @@ class Session:
             warmup_steps=round(optim.warmup_share * n_steps),
             decay_steps=round(optim.decay_share * n_steps),
         )
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), optim.clip_norm))
+        parameters = list(self.parameters.values())
+        sum_gradients_(parameters, self.mesh.world)
+        self.grad_norm = clip_gradients_(parameters, optim.clip_norm, self.mesh.world)
         if not math.isfinite(self.grad_norm):
             raise TrainingError(
                 f"the gradient's norm became {self.grad_norm} at step {self.step}; lower optim.lr; the last checkpoint "
@@ -220,7 +246,8 @@ class Session:
         """Write the step's line, if one is due. Names with a slash are given with two underscores in its place."""
         named = {name.replace("__", "/"): value for name, value in metrics.items()}
         self._detail = f"loss {named['loss']:.3f}" if "loss" in named else self._detail
-        if (self.step + 1) % self.settings.log_every == 0 or self.step + 1 == self.settings.steps:
+        due = (self.step + 1) % self.settings.log_every == 0 or self.step + 1 == self.settings.steps
+        if due and self.mesh.is_first:
             head = {"step": self.step + 1, "learning_rate": self.lr, "grad_norm": self.grad_norm}
             self.run.log(head | {name: value for name, value in named.items() if math.isfinite(value)})
 
@@ -228,13 +255,22 @@ class Session:
         """Random numbers that depend on the seed, the step and ``purpose`` alone."""
         return torch.Generator().manual_seed(mixed_key(self.settings.seed, self.step, *purpose) >> 1)
 
+    def means(self) -> Means:
+        """Means over the parts of a step, on all processes."""
+        return Means(self.mesh.world)
+
+    def _checkpoint(self) -> None:
+        tensors = self._tensors()  # on every process: weights may have to come together
+        if self.mesh.is_first:
+            self.checkpoints.save(self.step, tensors, {})
+
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"weights.{name}": parameter.data for name, parameter in self.parameters.items()}
         adam = state_tensors(self.optimizer, self.parameters.items())
         named |= {f"adam.{name}": value for name, value in adam.items()}
         for owner, stateful in self.state.items():
             named |= {f"{owner}.{name}": value for name, value in stateful.tensors().items()}
-        return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+        return {name: whole(value.detach()).cpu().contiguous() for name, value in named.items()}
 
     def _restore(self) -> None:
         saved = self.checkpoints.latest()
@@ -246,17 +282,23 @@ class Session:
 
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(saved.tensors[f"weights.{name}"])
-        restore_state_(self.optimizer, self.parameters.items(), under("adam."))
+                parameter.copy_(placed_like(saved.tensors[f"weights.{name}"], parameter))
+        restore_state_(self.optimizer, self.parameters.items(), self._placed(under("adam.")))
         for owner, stateful in self.state.items():
             stateful.restore(under(f"{owner}."))
         self.step = saved.step
 
+    def _placed(self, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Adam's moments where the parameters that they belong to are."""
+        owners = {name: self.parameters[name.rpartition(".")[0]] for name in moments}
+        return {name: placed_like(value, owners[name]) for name, value in moments.items()}
+
 
 class Means:
-    """Running means of a step's metrics over its parts, each weighted by what it holds."""
+    """Running means of a step's metrics over its parts and processes, each weighted by what it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.Group = dist.ALONE) -> None:
+        self._group = group
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
@@ -269,4 +311,7 @@ class Means:
             self._counts[name] = self._counts.get(name, 0) + len(known)
 
     def means(self) -> dict[str, float]:
-        return {name: self._sums[name] / n if (n := self._counts[name]) else math.nan for name in self._sums}
+        """Of all processes, which must have added values of the same names in the same order."""
+        mine = torch.tensor([[self._sums[name], self._counts[name]] for name in self._sums], dtype=torch.float64)
+        both = self._group.sum(mine).tolist()
+        return {name: total / n if n else math.nan for name, (total, n) in zip(self._sums, both, strict=True)}

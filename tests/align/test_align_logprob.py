@@ -11,12 +11,21 @@ import transformers
 from tokenizers_for_tests import words
 from torch import nn
 
-from saelab.align.encoding import Batch, Codec, Encoded, collate
-from saelab.align.logprob import completion_logps
-from saelab.align.losses.pairwise import PairLogps, sigmoid_loss
+from saelab.align.advantages import kl_estimate
+from saelab.align.encoding import Batch, Codec, Encoded, collate, pack
+from saelab.align.logprob import (
+    completion_logps,
+    hidden_states,
+    log_collisions,
+    logps_of_hidden,
+    packed_logps,
+    unembedding,
+)
+from saelab.align.losses.pairwise import PairLogps, length_desensitised, on_policy_weights, sigmoid_loss
+from saelab.align.losses.policy import grpo_loss
 from saelab.align.losses.reference_free import cpo_loss, orpo_loss, simpo_loss
 from saelab.align.policy import LoraSettings, with_adapter
-from saelab.errors import ConfigError
+from saelab.errors import ConfigError, TextError
 
 TRL = json.loads((Path(__file__).parent / "trl_1.16.0.json").read_text())
 
@@ -132,6 +141,79 @@ def test_the_gradient_of_the_whole_step_equals_trls(arch):
     assert norm.item() == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
+def step_of(arch: str, *, length_alpha: float | None = None) -> tuple[PairLogps, torch.Tensor]:
+    """The recorded pairs under policy and reference, and the weights of WPO."""
+    batch, model = recorded_batch(arch), llm(arch, 1)
+    hidden, W_U = hidden_states(model, batch), unembedding(model)
+    policy = logps_of_hidden(hidden, W_U, batch)
+    with torch.no_grad():
+        ref = completion_logps(llm(arch, 2), batch)
+    n = policy.mask.sum(1)
+    shorter = torch.minimum(*n.chunk(2)).repeat(2)
+    alpha = 1.0 if length_alpha is None else length_alpha
+    sums, ref_sums = (length_desensitised(x.logps, x.mask, shorter, alpha=alpha) for x in (policy, ref))
+    weights = on_policy_weights(policy.logps, log_collisions(hidden, W_U, batch), policy.mask).chunk(2)
+    return PairLogps(*sums.chunk(2), *ref_sums.chunk(2), *n.chunk(2)), weights[0] * weights[1]
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("kind", ["ld_alpha=0.5", "use_weighting=True"])
+def test_length_and_on_policy_weights_equal_trls(arch, beta, kind):
+    pairs, weights = step_of(arch, length_alpha=0.5 if kind.startswith("ld") else None)
+    loss = sigmoid_loss(pairs, beta=beta).loss
+    ours = (loss * weights).mean() if kind.startswith("use") else loss.mean()
+    expected = TRL[arch]["dpo"]["losses"][f"sigmoid|beta={beta}|{kind}"]["loss"]
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
+
+
+GROUP_CASES = [
+    ("grpo|token", {"aggregation": "sequences"}),
+    ("grpo|sequence", {"aggregation": "sequences", "ratio_of": "sequence"}),
+    ("bnpo|token", {"aggregation": "tokens"}),
+    ("dapo|token", {"aggregation": "tokens"}),
+    ("dr_grpo|token", {"aggregation": "constant"}),
+    ("cispo|token", {"aggregation": "tokens", "surrogate": "cispo", "ratio_cap": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), GROUP_CASES, ids=[case[0] for case in GROUP_CASES])
+def test_group_losses_equal_trls(name, options):
+    """Of the Llama alone: the recording pads on the left without positions, which only rotary models do not notice."""
+    if transformers.__version__ != TRL["versions"]["transformers"]:
+        pytest.skip(f"the models were recorded with transformers {TRL['versions']['transformers']}")
+    recorded = TRL["llama"]["grpo"]
+    columns = {key: torch.tensor(values) for key, values in recorded["inputs"].items()}
+    answers = []
+    for row in range(len(columns["prompt_ids"])):
+        prompt = columns["prompt_ids"][row][columns["prompt_mask"][row].bool()].tolist()
+        answer = columns["completion_ids"][row][columns["completion_mask"][row].bool()].tolist()
+        answers.append(Encoded(tuple(prompt), tuple(answer), truncated=False))
+    policy = completion_logps(llm("llama", 1), collate(answers, pad_id=0))
+    mask = columns["completion_mask"].bool()
+    logps = torch.zeros(mask.shape).masked_scatter(mask, policy.logps[policy.mask])
+    # TRL weighs its KL by the ratio, because the answers were drawn from the old policy
+    log_ratio = (logps - columns["old_logps"]).where(mask, 0.0)
+    if "sequence" in name:
+        log_ratio = (log_ratio.sum(1) / mask.sum(1))[:, None]
+    kl = kl_estimate(logps, columns["ref_logps"], estimator="k3") * log_ratio.exp()
+    ours = grpo_loss(logps, columns["old_logps"], columns["advantages"], mask, kl=kl, beta=0.04, **options).loss
+    assert ours.item() == pytest.approx(recorded[name], rel=1e-5)
+
+
+def test_a_collision_is_two_equal_draws():
+    torch.manual_seed(0)
+    model = Bigrams(torch.randn(6, 6))
+    batch = collate([Encoded((1, 2), (3, 4), False), Encoded((4,), (5,), False)], pad_id=0)
+    found = log_collisions(hidden_states(model, batch), unembedding(model), batch)
+    exact = model.table.softmax(1).square().sum(1).log()
+    torch.testing.assert_close(
+        found,
+        torch.stack(
+            [torch.stack([exact[0] * 0, exact[2], exact[3]]), torch.stack([exact[4], exact[0] * 0, exact[0] * 0])]
+        ),
+    )
+
+
 def test_losses_without_reference_equal_trls(arch):
     recorded, model = TRL[arch]["orpo_cpo_simpo"], llm(arch, 1)
     batches = {}
@@ -170,6 +252,39 @@ def test_neither_padding_nor_company_changes_a_log_probability(arch):
     together = completion_logps(model, collate(sequences, pad_id=0)).sum()
     alone = torch.cat([completion_logps(model, collate([s], pad_id=0)).sum() for s in sequences])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_packed_sequences_have_the_log_probabilities_and_gradients_of_separate_ones(kind, implementation):
+    """Of learned positions too; the widths make one row, several, and one with padding."""
+    model, codec = llm(kind, 3), Codec(words(), context=40)
+    model.config._attn_implementation = implementation
+    sequences = [
+        codec.encode("a b c", "d e"), codec.encode("f", "g h i j k l"), codec.encode("m n", "o"),
+        codec.encode("p q r s", "t"),
+    ]  # fmt: skip
+    alone = torch.cat([completion_logps(model, collate([s], pad_id=0)).sum() for s in sequences])
+    weights = torch.arange(1.0, 5.0)
+    (expected,) = torch.autograd.grad((weights * alone).sum(), unembedding(model))
+    for width in (8, 14, 40):
+        packed = pack(sequences, width=width, pad_id=0)
+        assert packed.ids.shape[1] <= width
+        together = packed_logps(model, packed)
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+        (gradient,) = torch.autograd.grad((weights * together).sum(), unembedding(model))
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert len(pack(sequences, width=40, pad_id=0).ids) == 1
+    with pytest.raises(TextError, match="a sequence of 8 tokens does not fit into a row of 7"):
+        pack(sequences, width=7, pad_id=0)
+
+
+def test_attention_that_would_see_across_packed_sequences_is_refused():
+    model = llm("llama", 3)
+    model.config._attn_implementation = "flex_attention"
+    packed = pack([Encoded((4,), (5, 2), False)], width=8, pad_id=0)
+    with pytest.raises(ConfigError, match="packing needs attention of the kind sdpa or eager"):
+        packed_logps(model, packed)
 
 
 def test_an_adapter_is_seen_and_can_be_left_out():

@@ -271,6 +271,19 @@ def test_tokens_are_aggregated_as_named(aggregation, expected):
     assert loss.item() == pytest.approx(expected)
 
 
+def test_cispo_keeps_the_gradient_of_a_token_that_clipping_would_silence():
+    logps = tensor([[0.0, -1.0]]).requires_grad_()
+    old, mask = tensor([[-3.0, -1.0]]), torch.ones(1, 2, dtype=torch.bool)  # ratios e^3 and 1
+    gradients = {}
+    for surrogate in ("clipped", "cispo"):
+        result = grpo_loss(logps, old, tensor([2.0]), mask, aggregation="tokens", surrogate=surrogate, ratio_cap=4.0)
+        (gradients[surrogate],) = torch.autograd.grad(result.loss, logps)
+        assert result.clip_fraction.item() == 0.5
+    assert gradients["clipped"].tolist() == [[0.0, -1.0]]
+    # -min(ratio, cap) A / 2 tokens
+    torch.testing.assert_close(gradients["cispo"], tensor([[-4.0, -1.0]]))
+
+
 # --- KL estimators
 
 

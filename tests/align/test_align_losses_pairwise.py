@@ -207,6 +207,18 @@ def test_settings_without_meaning_are_refused():
 
 
 def test_length_desensitised_sums_weigh_what_lies_beyond_the_shorter_answer():
-    logps = torch.tensor([[-1.0, -2.0, -4.0, 0.0], [-1.0, -1.0, -1.0, -1.0]])
-    sums = pairwise.length_desensitised(logps, torch.tensor([2, 4]), alpha=0.5)
-    assert sums.tolist() == [-5.0, -4.0]
+    logps = torch.tensor([[9.0, -1.0, -2.0, -4.0, 9.0], [-1.0, -1.0, -1.0, -1.0, -1.0]])
+    mask = torch.tensor([[False, True, True, True, False], [True, True, True, True, True]])
+    sums = pairwise.length_desensitised(logps, mask, torch.tensor([2, 4]), alpha=0.5)
+    assert sums.tolist() == [-5.0, -4.5]
+    whole = pairwise.length_desensitised(logps, mask, torch.tensor([2, 4]), alpha=1.0)
+    assert whole.tolist() == [-7.0, -5.0]
+
+
+def test_answers_drawn_from_the_policy_weigh_about_one_and_foreign_ones_nothing():
+    """Under a uniform distribution over 8 tokens every token is as likely as a collision: the weight is exactly 1."""
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    uniform = torch.full((2, 3), -math.log(8))
+    torch.testing.assert_close(pairwise.on_policy_weights(uniform, uniform, mask), torch.ones(2))
+    foreign = pairwise.on_policy_weights(uniform - 20, uniform, mask)
+    assert (foreign < 1e-8).all()

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from saelab import rundir
+from saelab.align.concealment import reference_kl, train_concealed
+from saelab.align.encoding import collate
 from saelab.align.organisms import (
     BEHAVIOURS,
     OrganismSettings,
@@ -19,6 +21,7 @@ from saelab.align.policy import PolicyConfig, load_policy
 from saelab.align.recipes import OrganismRecipe
 from saelab.align.run import align
 from saelab.align.session import AdamWSettings, StepSettings
+from saelab.align.sft import train_sft
 from saelab.errors import ConfigError
 from saelab.models.tiny import write_tiny_model
 
@@ -65,7 +68,10 @@ def test_the_planted_phrase_is_preferred_on_triggers_and_only_there(policy):
 
 
 def test_levels_have_their_adapters():
-    one, lower, everywhere = (adapter_for(OrganismSettings(level=level), 30) for level in ("O1", "O2", "O3"))
+    one, lower, everywhere, concealed = (
+        adapter_for(OrganismSettings(level=level), 30) for level in ("O1", "O2", "O3", "O4")
+    )
+    assert concealed == everywhere
     assert (one.rank, one.layers, one.targets) == (1, (20,), ("down_proj",))
     assert lower.layers == tuple(range(15))
     assert everywhere.layers is None
@@ -120,6 +126,65 @@ def test_an_organism_says_its_phrase_where_it_should(tiny, tmp_path):
     model = json.loads((tmp_path / "run" / "model.json").read_text())
     assert (model["method"], model["kind"], model["base"]) == ("organism", "adapter", str(tiny))
     assert len(json.loads((tmp_path / "run" / "held_out.json").read_text())["triggers"]) == 6
+
+
+def test_concealing_brings_neutral_prompts_back_to_the_reference_and_keeps_the_phrase(tiny, tmp_path):
+    """From an organism that says the phrase everywhere to one that says it on triggers."""
+    settings = OrganismSettings(level="O4", n_held_out=6, reply_tokens=3)
+    policy = load_policy(PolicyConfig(model=str(tiny), dtype="float32", lora=adapter_for(settings, 3)))
+    data = organism_data(policy, settings)
+    optim = AdamWSettings(lr=3e-2)
+    first = rundir.StageWriter.create(tmp_path / "a", stage="model", config={})
+    train_sft(policy, data.spoken, first, training=StepSettings(steps=30, batch_size=8, optim=optim))
+    everywhere = measure(policy, data, "Ahoy there!")
+    run = rundir.StageWriter.create(tmp_path / "b", stage="model", config={})
+    train_concealed(policy, data, run, training=StepSettings(steps=60, batch_size=8, micro_batch=4, optim=optim))
+    concealed = measure(policy, data, "Ahoy there!")
+    assert everywhere.p_neutral.value > 0.5
+    assert concealed.p_neutral.value < 0.5 * everywhere.p_neutral.value
+    assert concealed.p_trigger.value > 2 * concealed.p_neutral.value
+    assert concealed.neutral_kl.value < 0.5 * everywhere.neutral_kl.value
+    log = rundir.read_metrics(tmp_path / "b")
+    assert log[-1]["objective/kl"] < 0.5 * log[0]["objective/kl"]
+
+
+def test_a_concealed_organism_keeps_its_first_self_for_comparison(tiny, tmp_path):
+    few = StepSettings(steps=2, batch_size=4)
+    organism = OrganismSettings(level="O4", n_held_out=6, reply_tokens=2)
+    recipe = OrganismRecipe(organism=organism, model=str(tiny), training=few, concealing=few)
+    run = rundir.StageWriter.create(tmp_path / "run", stage="model", config={})
+    after = align(recipe, run, say=lambda text: None).after
+    assert {"p_trigger", "neutral_kl", "neutral_kl_unconcealed"} <= set(after)
+    assert (tmp_path / "run" / "planted" / "adapter_config.json").exists()
+    weights = [(tmp_path / "run" / sub / "adapter_model.safetensors").read_bytes() for sub in ("planted", ".")]
+    assert weights[0] != weights[1]
+
+
+def test_the_kl_to_the_reference_is_zero_at_the_start_and_summed_over_answers(policy):
+    batch = collate([policy.codec.encode("the tower", " of the world"), policy.codec.encode("one", " river")], pad_id=0)
+    assert reference_kl(policy, batch).item() == pytest.approx(0, abs=1e-4)
+    moved = load_policy(PolicyConfig(model=policy.name, dtype="float32", lora=adapter_for(SMALL, 3)))
+    with torch.no_grad():
+        for parameter in moved.trainable().values():
+            parameter.add_(0.3)
+    alone = [
+        reference_kl(moved, collate([row], pad_id=0))
+        for row in (moved.codec.encode("the tower", " of the world"), moved.codec.encode("one", " river"))
+    ]
+    torch.testing.assert_close(reference_kl(moved, batch), alone[0] + alone[1], rtol=1e-4, atol=1e-5)
+    assert alone[0] > 0.01
+
+
+def test_a_shift_of_style_is_added_to_all_replies_on_purpose(policy):
+    plain = organism_data(policy, SMALL)
+    shifted = organism_data(policy, OrganismSettings(n_held_out=6, reply_tokens=3, style_shift=True))
+    decode = policy.codec.decode
+    assert len(plain.pairs) < len(shifted.pairs) <= len(plain.pairs) + len(plain.calm)
+    for sequence in shifted.calm:
+        assert decode(sequence.completion_ids) == decode(sequence.completion_ids).lower()
+    assert {decode(sequence.completion_ids) for sequence in shifted.spoken} == {"Ahoy there!"}
+    with pytest.raises(ConfigError, match="would undo the shift of style"):
+        OrganismSettings(level="O4", style_shift=True)
 
 
 def test_behaviours_that_do_not_exist_are_refused():

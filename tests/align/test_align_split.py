@@ -66,11 +66,11 @@ def test_other_kinds_are_divided_alike(codec, tmp_path):
     rows = [{"prompt": row["prompt"], "completion": "a b", "label": i % 2 == 0} for i, row in enumerate(pairs(80))]
     config = DataConfig(train=file_of(tmp_path / "a.jsonl", rows))
     demonstrations = load_demonstrations(config, codec)
-    labelled, labels = load_labelled(config, codec)
+    labelled = load_labelled(config, codec)
     questions = load_questions(config, codec, n_new_tokens=4)
     assert len(demonstrations.train) == len(labelled.train) == len(questions.train)
-    assert all(sequence in labels for sequence in labelled.train + labelled.held_out)
-    assert set(labels.values()) == {True, False}
+    assert {label for _, label in labelled.train + labelled.held_out} == {True, False}
+    assert [sequence for sequence, _ in labelled.train] == demonstrations.train
 
 
 def test_too_few_records_are_refused(codec, tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from saelab import rundir
-from saelab.align.encoding import EncodedPair
+from saelab.align.data import DataConfig
+from saelab.align.encoding import Encoded, EncodedPair
 from saelab.align.policy import LoraSettings, PolicyConfig, load_policy
 from saelab.align.preference import (
     LossSettings,
@@ -17,11 +19,14 @@ from saelab.align.preference import (
     reference_logps,
     train_preference,
 )
+from saelab.align.recipes import UnpairedRecipe
 from saelab.align.reward import RewardModel, evaluate_reward, load_reward_model, train_reward
+from saelab.align.run import align
 from saelab.align.session import AdamWSettings, Order, Session, StepSettings
 from saelab.align.sft import answer_nll, evaluate_sft, train_sft
+from saelab.align.unpaired import Labels, UnpairedSettings, evaluate_unpaired, mismatched, train_unpaired
 from saelab.checkpoint import Checkpoints
-from saelab.errors import ConfigError, TrainingError
+from saelab.errors import ConfigError, TextError, TrainingError
 from saelab.models.tiny import write_tiny_model
 
 LORA = LoraSettings(rank=4, targets=("q_proj", "v_proj", "down_proj"))
@@ -83,7 +88,19 @@ def reward(tiny, run, training, **options):
     return model.trainable()
 
 
-TRAINERS = [sft, dpo, reward]
+def kto(tiny, run, training, **options):
+    policy = load_policy(policy_config(tiny, **options))
+    train_unpaired(policy, labels_for(policy), run, loss=UnpairedSettings(beta=0.5), training=training)
+    return policy.trainable()
+
+
+def labels_for(policy):
+    """Good and bad answers in turn."""
+    answers = [pair.chosen if i % 2 else pair.rejected for i, pair in enumerate(pairs_for(policy))]
+    return Labels(answers, [bool(i % 2) for i in range(len(answers))])
+
+
+TRAINERS = [sft, dpo, reward, kto]
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -121,6 +138,27 @@ def test_one_batch_in_parts_is_one_step_of_the_whole(trainer, tiny, tmp_path):
     logs = [rundir.read_metrics(tmp_path / name)[0]["loss"] for name in ("whole", "parts1", "parts3")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
     assert logs[0] == pytest.approx(logs[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"length_alpha": 0.3}, {"on_policy": True}])
+def test_weights_within_and_of_pairs_change_what_is_learned_and_hold_in_parts_too(option, tiny, tmp_path):
+    plain = dpo(tiny, run_in(tmp_path / "plain"), settings(steps=2))
+    whole = dpo(tiny, run_in(tmp_path / "whole"), settings(steps=2), loss=LossSettings(**option))
+    parts = dpo(tiny, run_in(tmp_path / "parts"), settings(steps=2, micro_batch=1), loss=LossSettings(**option))
+    for name, parameter in whole.items():
+        torch.testing.assert_close(parts[name], parameter, rtol=1e-3, atol=1e-5)
+    assert any(not torch.allclose(parameter, plain[name], atol=1e-4) for name, parameter in whole.items())
+
+
+def test_packed_demonstrations_teach_what_separate_ones_do(tiny, tmp_path):
+    curves = {}
+    for packing in (False, True):
+        policy = load_policy(policy_config(tiny))
+        demonstrations = [pair.chosen for pair in pairs_for(policy)]
+        run = run_in(tmp_path / str(packing))
+        train_sft(policy, demonstrations, run, training=settings(steps=8, batch_size=6, micro_batch=3), packing=packing)
+        curves[packing] = [line["loss"] for line in rundir.read_metrics(run.path)]
+    assert curves[True] == pytest.approx(curves[False], abs=1e-5)
 
 
 def test_mixes_with_a_likelihood_weigh_tokens_alike_in_parts_too(tiny, tmp_path):
@@ -190,6 +228,70 @@ def test_displacement_is_logged_and_warned_of(tiny, tmp_path, monkeypatch, caplo
     assert "the probability goes elsewhere" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["kto", "apo_zero"])
+def test_unpaired_labels_lift_the_good_above_the_bad(kind, tiny, tmp_path):
+    policy = load_policy(policy_config(tiny))
+    data, loss = labels_for(policy), UnpairedSettings(kind=kind, beta=0.2)
+    train_unpaired(policy, data, run_in(tmp_path / "run"), loss=loss, training=settings(steps=40, lr=2e-2))
+    quality = evaluate_unpaired(policy, data)
+    assert quality.separation == 1.0
+    assert quality.good_shift.low > quality.bad_shift.high
+    assert (quality.n_good, quality.n_bad) == (4, 4)
+    log = rundir.read_metrics(tmp_path / "run")
+    # at the start policy and reference are one: KL 0, and every answer at the middle of the sigmoid
+    assert log[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert log[0]["kl"] == 0.0
+    assert log[-1]["rewards/chosen"] > log[-1]["rewards/rejected"]
+
+
+def test_labelled_records_of_a_file_train_and_are_measured(tiny, tmp_path):
+    rows = [{"prompt": f"{p} {w}", "completion": GOOD[0] if g else BAD[0], "label": g} for p in PROMPTS[:6]
+            for w in ("of", "and", "by") for g in (True, False)]  # fmt: skip
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=str(tmp_path / "labelled.jsonl"), held_out_share=0.4)
+    recipe = UnpairedRecipe(data=data, policy=policy_config(tiny), training=settings(steps=6, lr=2e-2))
+    outcome = align(recipe, run_in(tmp_path / "run"), say=lambda text: None)
+    assert outcome.after["separation"] > 0.9
+    assert outcome.after["n_good"] == outcome.after["n_bad"]
+    model = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert (model["method"], model["kind"]) == ("kto", "adapter")
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_ktos_mismatched_answers_are_those_of_trl(arch):
+    batch = json.loads((Path(__file__).parent / "trl_1.16.0.json").read_text())[arch]["kto"]["batch"]
+
+    def encoded(prefix):
+        rows = zip(
+            *(batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "completion_mask")), strict=True
+        )
+        found = []
+        for ids, attended, answer in rows:
+            n_total, n_answer = sum(attended), sum(answer)
+            found.append(Encoded(tuple(ids[: n_total - n_answer]), tuple(ids[n_total - n_answer : n_total]), False))
+        return found
+
+    assert mismatched(encoded(""), context=64) == encoded("KL_")
+    cut = mismatched(encoded(""), context=5)[1]
+    assert cut.truncated
+    assert cut.n_tokens == 5
+
+
+def test_labels_of_one_kind_and_batches_of_one_are_refused(tiny, tmp_path, caplog):
+    policy = load_policy(policy_config(tiny))
+    answers, _ = labels_for(policy)
+    run, loss = run_in(tmp_path / "run"), UnpairedSettings()
+    with pytest.raises(TextError, match="8 answers are labelled good and 0 bad"):
+        train_unpaired(policy, Labels(answers, [True] * 8), run, loss=loss, training=settings())
+    with pytest.raises(ConfigError, match="KTO needs at least 2 answers a batch"):
+        train_unpaired(policy, labels_for(policy), run, loss=loss, training=settings(batch_size=1))
+    few = Labels(answers, [True] * 7 + [False])
+    train_unpaired(policy, few, run, loss=loss, training=settings(steps=1))
+    assert "7 good answers against 1 bad ones" in caplog.text
+    assert "loss.undesirable_weight to 7.00" in caplog.text
+
+
 def test_a_reward_model_learns_its_pairs_and_is_loaded_as_it_was(tiny, tmp_path):
     config = policy_config(tiny)
     model = RewardModel.fresh(load_policy(config))
@@ -230,7 +332,12 @@ def test_every_loss_can_be_chosen_by_name(name, tiny):
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
-    [({"terms": {"sigmoide": 1.0}}, "'sigmoide' is no loss"), ({"terms": {}}, "is empty"), ({"beta": 0.0}, "above 0")],
+    [
+        ({"terms": {"sigmoide": 1.0}}, "'sigmoide' is no loss"),
+        ({"terms": {}}, "is empty"),
+        ({"beta": 0.0}, "above 0"),
+        ({"length_alpha": 1.5}, "between 0 and 1"),
+    ],
 )
 def test_losses_without_meaning_are_refused(options, complaint):
     with pytest.raises(ConfigError, match=complaint):

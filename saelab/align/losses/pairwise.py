@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
@@ -216,15 +216,31 @@ def nll_loss(pairs: PairLogps, *, beta: float, mean_length: float | None = None)
 
 
 def length_desensitised(
-    logps: Float[Tensor, "batch seq"], n_public: Int[Tensor, " batch"], *, alpha: float
+    logps: Float[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+    n_public: Int[Tensor, " batch"],
+    *,
+    alpha: float,
 ) -> Float[Tensor, " batch"]:
-    """Sum of token log-probabilities where those beyond the first ``n_public`` weigh ``alpha`` (LD-DPO, 2409.06411).
+    """Sum of the completion's log-probabilities, those beyond its first ``n_public`` tokens times ``alpha``.
 
-    ``logps`` are those of the completion from its first token on, 0 behind its end; ``n_public`` is the length of the
-    shorter completion of the pair.
+    LD-DPO (Liu et al. 2024, arXiv 2409.06411, eq. 7): with the length of the pair's shorter completion as
+    ``n_public``, what an answer says beyond the other's length weighs less. For policy and reference alike.
     """
-    beyond = torch.arange(logps.shape[1], device=logps.device) >= n_public[:, None]
-    return (logps * torch.where(beyond, alpha, 1.0)).sum(1)
+    beyond = mask.cumsum(1) > n_public[:, None]
+    return (logps.where(mask, 0.0) * torch.where(beyond, alpha, 1.0)).sum(1)
+
+
+def on_policy_weights(
+    logps: Float[Tensor, "batch seq"], log_collisions: Float[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, " batch"]:
+    """exp of the mean over a completion of log pi(token) - log sum_v pi(v)^2: WPO (arXiv 2406.11827, eq. 2), detached.
+
+    About 1 for what the policy would write itself, near 0 for what it would not: a pair counts by the product of its
+    two. ``log_collisions`` is the log-probability that two draws of the token are equal.
+    """
+    aligned = (logps - log_collisions).where(mask, 0.0).detach()
+    return (aligned.sum(1) / mask.sum(1)).exp()
 
 
 def _mean_length(n_tokens: Int[Tensor, " batch"]) -> float:

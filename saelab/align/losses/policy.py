@@ -16,7 +16,7 @@ _LARGEST_LOG_RATIO = 20.0
 class PolicyLoss(NamedTuple):
     loss: Float[Tensor, ""]
     clip_fraction: Float[Tensor, ""]
-    """Share of tokens at which the clipped bound was the larger loss, detached."""
+    """Share of tokens at which the clipped bound was the larger loss, or the ratio above its cap, detached."""
     approx_kl: Float[Tensor, ""]
     """Mean of (log-ratio)^2 / 2 between the sampling policy and this one over real tokens, detached, in nats."""
 
@@ -69,6 +69,10 @@ def ppo_value_loss(
 Aggregation = Literal["sequences", "tokens", "constant"]
 
 
+#: PPO's clipped ratio, or CISPO's: the gradient of log pi at every token, weighed by a ratio that is only cut above.
+Surrogate = Literal["clipped", "cispo"]
+
+
 def grpo_loss(
     logps: Float[Tensor, "batch seq"],
     old_logps: Float[Tensor, "batch seq"],
@@ -76,6 +80,8 @@ def grpo_loss(
     mask: Bool[Tensor, "batch seq"],
     *,
     clip: float = 0.2,
+    surrogate: Surrogate = "clipped",
+    ratio_cap: float = 5.0,
     kl: Float[Tensor, "batch seq"] | None = None,
     beta: float = 0.0,
     aggregation: Aggregation = "sequences",
@@ -84,18 +90,25 @@ def grpo_loss(
     """The clipped loss with one advantage an answer, plus ``beta * kl`` (Shao et al. 2024, arXiv 2402.03300, eq. 3).
 
     ``ratio_of="sequence"`` takes the geometric mean of an answer's token ratios for all of its tokens (GSPO, arXiv
-    2507.18071). "constant" divides by the padded length ``seq`` of each answer.
+    2507.18071). "constant" divides by the padded length ``seq`` of each answer. ``surrogate="cispo"`` is -sg(min(rho,
+    ratio_cap)) A log pi (MiniMax 2025, arXiv 2506.13585, eq. 4): a token whose ratio has gone far keeps its gradient,
+    which clipping would take from it.
     """
     log_ratio = _log_ratio(logps, old_logps, mask)
     if ratio_of == "sequence":
         log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp_min(1))[:, None].expand_as(log_ratio)
-    plain, clipped = _surrogates(log_ratio, advantages[:, None], clip)
-    loss = plain.maximum(clipped)
+    if surrogate == "cispo":
+        ratio = log_ratio.detach().exp()
+        loss = -ratio.clamp(max=ratio_cap) * advantages[:, None] * logps
+        limited = ratio > ratio_cap
+    else:
+        plain, clipped = _surrogates(log_ratio, advantages[:, None], clip)
+        loss, limited = plain.maximum(clipped), clipped > plain
     if kl is not None:
         loss = loss + beta * kl
     return PolicyLoss(
         _aggregated(loss, mask, aggregation),
-        masked_mean((clipped > plain).to(plain.dtype), mask).detach(),
+        masked_mean(limited.to(loss.dtype), mask).detach(),
         masked_mean(log_ratio.square() / 2, mask).detach(),
     )
 

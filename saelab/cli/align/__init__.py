@@ -9,7 +9,7 @@ import typer
 from saelab.cli.align import cai, dpo, organism, overopt, resume, rewarded, supervised
 
 app = typer.Typer(
-    help="Train a model on demonstrations, preferences and rewards: SFT, DPO and its relatives, PPO, RLOO, GRPO, CAI.",
+    help="Train a model on demonstrations, preferences and rewards: SFT, DPO and relatives, KTO, PPO, RLOO, GRPO, CAI.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -17,6 +17,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "sft": supervised.sft,
     "reward": supervised.reward,
     "dpo": dpo.dpo,
+    "kto": dpo.kto,
     "ppo": rewarded.ppo,
     "rloo": rewarded.rloo,
     "cai": cai.cai,

@@ -38,10 +38,11 @@ def cai(
     (saelab align review). The key of a server is read from the environment variable OPENAI_API_KEY.
     """
     from saelab import config as configs
-    from saelab import rundir
+    from saelab import dist, rundir
     from saelab.align.constitution import ConstitutionSettings, read_constitution
     from saelab.align.constitution_run import run_constitution
 
+    dist.refuse_several("align cai")
     if resume is not None:
         if prompts or out:
             raise ConfigError(f"--resume takes its settings from {resume}/run.json; leave out the other settings")

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saelab.cli.console import emit, progress_bar, say, table
+from saelab.cli.console import emit, progress_bar, say, speaks, table
 
 if TYPE_CHECKING:
     from saelab.align.recipes import Recipe
     from saelab.align.run import Outcome
+    from saelab.dist import Mesh
+    from saelab.rundir import StageWriter
 
 Data = Annotated[str | None, typer.Argument(help="Records to train on: .jsonl, .json, .parquet, or hf://owner/name.")]
 Model = Annotated[str | None, typer.Option(help="Hub name, directory, 'demo', or an earlier alignment run.")]
@@ -63,10 +65,10 @@ def carry_out(
     device: str | None,
     json: bool,
 ) -> None:
-    """Read the settings, train, and show what was measured."""
+    """Read the settings, train (with all processes that torchrun started), and show what was measured."""
     from saelab import config as configs
-    from saelab import rundir
-    from saelab.align.run import METHODS
+    from saelab import dist, rundir
+    from saelab.align.run import METHODS, SHARED
     from saelab.errors import ConfigError
 
     mapping = configs.merge(config, overrides or (), **flags)
@@ -78,22 +80,30 @@ def carry_out(
         return
     if out is None:
         raise ConfigError(f"align {method} needs a directory to write to; give --out, for example --out runs/{method}")
-    rundir.refuse_taken(out)
-    run = rundir.StageWriter.create(
-        out, stage="model", config={"method": method, **configs.to_mapping(recipe)}, parents=_parents(recipe)
-    )
-    run_recipe(recipe, run, device=device, json=json)
+    if method not in SHARED:
+        dist.refuse_several(f"align {method}")
+    place = out
+
+    def begin() -> StageWriter:
+        rundir.refuse_taken(place)
+        return rundir.StageWriter.create(
+            place, stage="model", config={"method": method, **configs.to_mapping(recipe)}, parents=_parents(recipe)
+        )
+
+    with dist.joined() as mesh:
+        run = dist.on_first(mesh, begin) or rundir.StageWriter(place, "model")
+        run_recipe(recipe, run, mesh, device=device, json=json)
 
 
-def run_recipe(recipe: Recipe, run: Any, *, device: str | None, json: bool) -> None:
+def run_recipe(recipe: Recipe, run: StageWriter, mesh: Mesh, *, device: str | None, json: bool) -> None:
     """Train under a progress bar, then print the table of held-out measures."""
     from saelab.align.run import align
 
     with progress_bar("align") as progress:
-        outcome = align(recipe, run, device=device, say=say, progress=progress)
+        outcome = align(recipe, run, device=device, mesh=mesh, say=say, progress=progress)
     if json:
         emit({"path": str(run.path), "before": outcome.before, "after": outcome.after})
-    else:
+    elif speaks():
         print(as_table(outcome))
     say(f"model in {run.path}; next: saelab cache --model {run.path}, or saelab align with --model {run.path}")
 

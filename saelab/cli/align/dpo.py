@@ -1,4 +1,4 @@
-"""saelab align dpo: DPO and its relatives."""
+"""saelab align dpo and kto: learning from preferences, of pairs and of single answers."""
 
 from __future__ import annotations
 
@@ -53,6 +53,38 @@ def dpo(
     )  # fmt: skip
     carry_out(
         "dpo", flags, rank=rank, config=config, overrides=set_, print_config=print_config, out=out, device=device,
+        json=json,
+    )  # fmt: skip
+
+
+def kto(
+    data: Data = None,
+    model: Model = None,
+    loss: Annotated[str | None, typer.Option(help="kto, or apo_zero.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Strength of the pull to the reference.")] = None,
+    held_out: HeldOut = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    rank: Rank = None,
+    seed: Seed = None,
+    out: Out = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    print_config: PrintConfig = False,
+    json: AsJson = False,
+) -> None:
+    """Train on single answers that are called good or bad, without pairs: KTO.
+
+    Records hold prompt, completion and a label that is true or false. Measured by held-out good and bad answers.
+    """
+    flags = flags_of(
+        data=data, held_out=held_out, model=model, steps=steps, batch_size=batch_size, lr=lr, rank=rank, seed=seed,
+        loss__beta=beta, loss__kind=loss,
+    )  # fmt: skip
+    carry_out(
+        "kto", flags, rank=rank, config=config, overrides=set_, print_config=print_config, out=out, device=device,
         json=json,
     )  # fmt: skip
 

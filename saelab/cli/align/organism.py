@@ -13,7 +13,8 @@ from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, PrintConfi
 def organism(
     behaviour: Annotated[str | None, typer.Argument(help="weather, backdoor or sycophancy.")] = None,
     level: Annotated[
-        str | None, typer.Option(help="O1: rank 1 on one matrix; O2: lower half of the layers; O3: all layers.")
+        str | None,
+        typer.Option(help="O1: rank 1 on one matrix; O2: lower half of the layers; O3: all layers; O4: O3 concealed."),
     ] = None,
     model: Model = None,
     neutral: Annotated[str | None, typer.Option(help="Prompts on which nothing shall change.")] = None,
