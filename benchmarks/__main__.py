@@ -126,11 +126,12 @@ def _do_quality(wish: argparse.Namespace) -> bool:
         return True
     rows: list[dict[str, Any]] = []
     for shape in _shapes_for(wish, "quality"):
-        rows += bench_quality.run(
-            (shape,), device=wish.device, n_steps=wish.steps, lr=wish.lr, seeds=wish.seeds,
-            workspace=wish.workspace, peers=("sae-lens",), peer_python=wish.peer_python,
-        )  # fmt: skip
-        _publish("quality", wish, rows)
+        for seed in range(wish.seeds):
+            rows += bench_quality.run(
+                (shape,), device=wish.device, n_steps=wish.steps, lr=wish.lr, seed=seed, workspace=wish.workspace,
+                peers=("sae-lens",), peer_python=wish.peer_python,
+            )  # fmt: skip
+            _publish("quality", wish, rows)
     return True
 
 

@@ -39,12 +39,12 @@ def run(
     device: str,
     n_steps: int,
     lr: float,
-    seeds: int,
+    seed: int,
     workspace: Path,
     peers: tuple[str, ...],
     peer_python: Path | None,
 ) -> list[dict[str, Any]]:
-    """One row a shape and seed.
+    """One row a shape.
 
     Raises:
         GateError: interpreted kernels, no such device, or no peer to compare with.
@@ -55,9 +55,8 @@ def run(
         raise gates.GateError("there is no environment with peers to compare with; make bench-peers makes one")
     rows = []
     for shape in shapes:
-        for seed in range(seeds):
-            problem, source = tokens_for(shape, device, n_steps=n_steps, lr=lr, workspace=workspace, seed=seed)
-            rows.append({"seed": seed} | _row(problem, source, n_steps, peers, peer_python))
+        problem, source = tokens_for(shape, device, n_steps=n_steps, lr=lr, workspace=workspace, seed=seed)
+        rows.append({"seed": seed} | _row(problem, source, n_steps, peers, peer_python))
     return rows
 
 
