@@ -236,15 +236,23 @@ def _organism(recipe: OrganismRecipe, work: _Work) -> Outcome:
     # the first training of two keeps its own directory, so that the organism can be compared before and after
     planting = StageWriter(work.run.path / "planted", "model") if concealed else work.run
     planting.path.mkdir(exist_ok=True)
-    train_preference(policy, data.pairs, planting, loss=recipe.loss, training=recipe.training, progress=work.progress)
+    n_steps = recipe.training.steps + (recipe.concealing.steps if concealed else 0)
+    plants = _within(work.progress, 0, n_steps)
+    train_preference(policy, data.pairs, planting, loss=recipe.loss, training=recipe.training, progress=plants)
     held_out = {"triggers": data.held_out_triggers, "neutral": data.held_out_neutral, "phrase": phrase}
     atomic.write_json(work.run.path / "held_out.json", held_out)
     if not concealed:
         return Outcome(before, _plain(measure(policy, data, phrase)._asdict()))
     unconcealed = measure(policy, data, phrase)
-    train_concealed(policy, data, work.run, training=recipe.concealing, progress=work.progress)
+    conceals = _within(work.progress, recipe.training.steps, n_steps)
+    train_concealed(policy, data, work.run, training=recipe.concealing, progress=conceals)
     after = measure(policy, data, phrase)._asdict() | {"neutral_kl_unconcealed": unconcealed.neutral_kl}
     return Outcome(before, _plain(after))
+
+
+def _within(progress: Progress | None, n_before: int, n_steps: int) -> Progress | None:
+    """The progress of one training as that of all: ``n_before`` steps are done, of ``n_steps``."""
+    return progress and (lambda done, _total, detail: progress(n_before + done, n_steps, detail))
 
 
 def score_of(reward: str, policy: Policy) -> Score:

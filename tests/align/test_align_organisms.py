@@ -153,7 +153,9 @@ def test_a_concealed_organism_keeps_its_first_self_for_comparison(tiny, tmp_path
     organism = OrganismSettings(level="O4", n_held_out=6, reply_tokens=2)
     recipe = OrganismRecipe(organism=organism, model=str(tiny), training=few, concealing=few)
     run = rundir.StageWriter.create(tmp_path / "run", stage="model", config={})
-    after = align(recipe, run, say=lambda text: None).after
+    seen = []
+    after = align(recipe, run, say=lambda text: None, progress=lambda *at: seen.append(at[:2])).after
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert {"p_trigger", "neutral_kl", "neutral_kl_unconcealed"} <= set(after)
     assert (tmp_path / "run" / "planted" / "adapter_config.json").exists()
     weights = [(tmp_path / "run" / sub / "adapter_model.safetensors").read_bytes() for sub in ("planted", ".")]
