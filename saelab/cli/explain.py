@@ -61,7 +61,7 @@ def explain(
         print(configs.to_toml(settings), end="")
         return
     if run is None:
-        raise ConfigError("explain needs the directory of an SAE; give one, for example: saelab explain runs/demo 2080")
+        raise ConfigError("explain needs the directory of an SAE; give one, for example: saelab explain runs/demo 42")
     if (feature is None) == (report is None):
         raise ConfigError("explain needs either the number of a feature or --report DIR; give one of them")
     if report is not None:

@@ -28,11 +28,13 @@ def explain_features(run: ExplainRun, referees: Referees) -> tuple[dict[str, Any
     explained: dict[str, list[Explained]] = {}
     scores: dict[str, dict[str, dict[int, float]]] = {}
     notes: dict[str, str] = {}
+    shares: dict[str, float | None] = {}
     for side in run.sides():
         found = run.scanned(side)
         explained[side.name] = run.explained(side, found)
         scores[side.name] = run.scored(side, found, explained[side.name], referees)
         notes[side.name] = side.note
+        shares[side.name] = run.token_share(side)
     n_features = run.own.sae.d_sae
     about = {
         "sae": str(run.sae_path),
@@ -48,6 +50,7 @@ def explain_features(run: ExplainRun, referees: Referees) -> tuple[dict[str, Any
         "judge": referees.judge_name,
         "no_control": run.no_control,
         "sides": notes,
+        "token_share": shares,
     }
     return summary(explained, scores, about, run.config), explained
 
@@ -116,8 +119,15 @@ def _control_sentence(about: Mapping[str, Any]) -> str:
         return f"There is no random-weights control: {about['no_control']}."
     return (
         "The control is an SAE of the same kind on the model with random weights, reading the same text: "
-        f"{about['sides']['random weights']}."
+        f"{about['sides']['random weights']}. The token explains {_share(about, 'SAE')} of the variance that the SAE "
+        f"reads and {_share(about, 'random weights')} of what the control reads. Where the second is much the smaller, "
+        "the control is an easy one: rules on tokens must fail there, whatever the model has or has not learned."
     )
+
+
+def _share(about: Mapping[str, Any], side: str) -> str:
+    share = about["token_share"][side]
+    return "an unknown share" if share is None else f"{share:.0%}"
 
 
 def _medians(result: Mapping[str, Any]) -> Section:

@@ -22,7 +22,7 @@ from saelab.features.build import corpus_of
 from saelab.features.codes import by_feature
 from saelab.features.explain import Explained, all_explainers, explain_block
 from saelab.features.explain_scores import Referees, ScoresConfig, drawn_for, score_feature
-from saelab.features.explain_sides import ReadAnew, Scanned, Side, promoted_tokens, scanned
+from saelab.features.explain_sides import ReadAnew, Scanned, Side, promoted_tokens, scanned, token_share
 from saelab.features.explain_summary import scorable
 from saelab.features.explainers.interface import Fired, firings_of
 from saelab.features.explainers.text import Text, text_of
@@ -36,6 +36,9 @@ Bar = Callable[[str], AbstractContextManager[Progress]]
 
 #: Features explained between two notes of what is done.
 BLOCK = 128
+
+#: Rows on which the share of the tokens is measured.
+_SHARE_ROWS = 200
 
 _SCHEMA = 1  # raise when the same settings begin to give other explanations
 
@@ -216,6 +219,17 @@ class ExplainRun:
         """Where one feature fires."""
         pairs = by_feature(found.codes, feature, feature + 1)
         return firings_of(pairs, found.max[feature : feature + 1], first=feature, clear=self.config.clear).of(0)
+
+    def token_share(self, side: Side) -> float | None:
+        """How much of the variance of a side's activations the token explains, on some rows spread over the text."""
+
+        def measure() -> dict[str, float | None]:
+            rows = self.corpus.rows[:: max(1, len(self.corpus.rows) // _SHARE_ROWS)]
+            acts = side.acts.acts(side.sae.metadata.hook_name, rows)[:, 1:].flatten(0, 1)
+            tokens = self.store.tokens(rows)[:, 1:].flatten().numpy()
+            return {"share": token_share(acts, tokens)}
+
+        return self.kept.get(f"{side.name.replace(' ', '-')}-tokens", measure)["share"]
 
     def documents(self) -> tuple[int, int, int]:
         """How many documents find, choose and score."""

@@ -25,6 +25,9 @@ from saelab.sae.base import SAE
 #: Promoted tokens that the explainer by logits may use.
 N_PROMOTED = 64
 
+#: Occurrences of a token from which on its mean says something.
+MIN_OCCURRENCES = 5
+
 #: What the pass keeps besides the pairs is not used here, so as little as it can.
 _LITTLE = IndexConfig(n_examples=1, per_interval=1)
 
@@ -83,6 +86,25 @@ def scanned(side: Side, rows: Int[np.ndarray, " rows"], folder: Path, *, progres
         progress=progress,
     )
     return Scanned(found.codes, found.found.max)
+
+
+def token_share(acts: Float[Tensor, "positions d_in"], tokens: Int[np.ndarray, " positions"]) -> float | None:
+    """Share of the variance that the token alone explains: how much of it the explainers could find at best.
+
+    1 - sum |x - m(x)|^2 / sum |x - mean|^2, with m(x) the mean of the *other* positions of the same token, over tokens
+    that occur at least ``MIN_OCCURRENCES`` times. Below 0 where tokens mislead; None where no token is that frequent.
+    """
+    _, group, n = np.unique(tokens, return_inverse=True, return_counts=True)
+    kept = n[group] >= MIN_OCCURRENCES
+    if not kept.any():
+        return None
+    x = acts[torch.from_numpy(kept)].double().cpu()
+    x = x - x.mean(0)
+    groups = torch.from_numpy(group[kept])
+    sums = torch.zeros(len(n), x.shape[1], dtype=torch.float64).index_add_(0, groups, x)
+    others = torch.from_numpy(n[group[kept]] - 1)[:, None]
+    left = (x - (sums[groups] - x) / others).square().sum()
+    return 1 - float(left / x.square().sum())
 
 
 def promoted_tokens(side: Side) -> Int[np.ndarray, "features n"] | None:

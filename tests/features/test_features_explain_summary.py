@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from saelab.features.explain import Candidate, Explained, Tally
 from saelab.features.explain_report import markdown, summary
 from saelab.features.explain_run import ExplainConfig
+from saelab.features.explain_sides import token_share
 from saelab.features.explain_summary import by_firings, compare, measured, median_difference, of_kind, scorable, values
 
 
@@ -83,10 +85,26 @@ def test_the_report_says_plainly_where_there_is_no_control():
     features = {"SAE": side(rng, 50, 0.8)}
     text = markdown(summary(features, {"SAE": {}}, about, ExplainConfig(draws=100)))
     assert "There is no random-weights control: it was not asked for." in text
-    about |= {"no_control": None, "sides": {"SAE": "", "random weights": "9 training tokens"}}
+    about |= {
+        "token_share": {"SAE": 0.68, "random weights": 0.11},
+        "no_control": None,
+        "sides": {"SAE": "", "random weights": "9 training tokens"},
+    }
     both = features | {"random weights": side(rng, 50, 0.3)}
     scores = {"SAE": {"surprisal": {1: 0.8, 2: 0.7}}, "random weights": {"surprisal": {1: 0.5, 2: 0.6}}}
     result = summary(both, scores, about, ExplainConfig(draws=100))
     assert result["comparisons"][0]["difference"]["low"] > 0
     assert result["scores"]["surprisal"]["difference"]["value"] == pytest.approx(0.2)
     assert "9 training tokens" in markdown(result)
+    assert "explains 68% of the variance that the SAE reads and 11% of what the control reads" in markdown(result)
+
+
+def test_the_share_of_the_token_is_one_where_it_is_all_and_nothing_where_it_is_noise():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 40, 4000)
+    table, noise = rng.normal(size=(40, 16)), rng.normal(size=(4000, 16))
+    whole, none, half = (torch.from_numpy(x).float() for x in (table[tokens], noise, table[tokens] + noise))
+    assert token_share(whole, tokens) == pytest.approx(1, abs=1e-6)
+    assert -0.05 < token_share(none, tokens) < 0.02  # each token's own position is left out of its mean
+    assert token_share(half, tokens) == pytest.approx(0.5, abs=0.05)
+    assert token_share(whole[:40], np.arange(40)) is None
