@@ -45,6 +45,21 @@ def ratio(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " draws"]:
     return sums[:, 0] / sums[:, 1]
 
 
+def superiority(high: Float[np.ndarray, " n"], low: Float[np.ndarray, " m"]) -> float:
+    """Share of the pairs (one of each) in which the first is larger, ties counting half: an AUROC, 0.5 is chance.
+
+    Source: Mann and Whitney 1947.
+
+    Raises:
+        ValueError: no values on one side.
+    """
+    if not len(high) or not len(low):
+        raise ValueError(f"superiority needs values on both sides, got {len(high)} and {len(low)}")
+    order = np.sort(low)
+    below = np.searchsorted(order, high, side="left") + np.searchsorted(order, high, side="right")
+    return float(below.mean() / 2 / len(low))
+
+
 def interval_of_mean(values: Float[np.ndarray, " clusters"], *, draws: int = 1000, seed: int = 0) -> Interval:
     """The mean of one value a cluster, with its bootstrap interval.
 

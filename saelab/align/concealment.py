@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.align.encoding import Batch, Encoded, collate
+from saelab.align.encoding import Batch, Encoded
 from saelab.align.logprob import completion_logps, hidden_states, unembedding
 from saelab.align.organisms import OrganismData
 from saelab.align.policy import Policy
 from saelab.align.session import Order, Progress, Session, StepSettings
+from saelab.models.divergence import kl_divergence
 from saelab.rundir import StageWriter
 
 
@@ -32,10 +33,7 @@ def train_concealed(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
     """
     session = Session(run, training, policy.trainable(), progress=progress)
-    calm, spoken = (
-        Order(len(answers), batch_size=training.batch_size, micro_batch=training.micro_batch, seed=training.seed)
-        for answers in (data.calm, data.spoken)
-    )
+    calm, spoken = session.order(len(data.calm)), session.order(len(data.spoken))
     for step in session.steps():
         kl = _step(session, policy, calm, data.calm, step, reference_kl)
         nll = _step(session, policy, spoken, data.spoken, step, answer_nll)
@@ -49,7 +47,7 @@ def reference_kl(policy: Policy, batch: Batch) -> Float[Tensor, ""]:
     with policy.reference() as reference:
         before = _next_token_logps(reference, batch)
     after = _next_token_logps(policy.model, batch)
-    return (before.exp() * (before - after)).sum()
+    return kl_divergence(before, after).sum()
 
 
 def answer_nll(policy: Policy, batch: Batch) -> Float[Tensor, ""]:
@@ -69,7 +67,7 @@ def _step(
     n_tokens = sum(len(answers[i].completion_ids) for i in order.batch(step))
     total = 0.0
     for part in order.parts(step):
-        batch = collate([answers[i] for i in part], pad_id=policy.codec.pad_id).to(policy.device)
+        batch = policy.collate([answers[i] for i in part])
         loss = loss_of(policy, batch) / n_tokens
         session.backward(loss)
         total += float(loss.detach())

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from saelab.align.encoding import Encoded, collate
+from saelab.align.encoding import Encoded
 from saelab.align.logprob import completion_logps
 from saelab.align.policy import Policy
 from saelab.align.records import Message
@@ -67,7 +67,7 @@ class LocalCritic:
             ids = tuple(codec.tokenizer(option, add_special_tokens=False).input_ids)
             encoded.append(Encoded(prompt, ids, truncated=True))
         with torch.no_grad():
-            batch = collate(encoded, pad_id=codec.pad_id).to(self.policy.device)
+            batch = self.policy.collate(encoded)
             return completion_logps(self.policy.model, batch).sum().tolist()
 
     def _within(self, conversation: Conversation, room: int) -> tuple[int, ...]:

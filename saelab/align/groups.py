@@ -11,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.align.advantages import group_normalised, kl_estimate, leave_one_out
-from saelab.align.encoding import collate
 from saelab.align.logprob import completion_logps
 from saelab.align.losses.policy import Aggregation, Surrogate, grpo_loss
 from saelab.align.policy import Policy
 from saelab.align.ppo import rollout_seed, write_samples
 from saelab.align.rollouts import RolloutSettings, Score, sample, score_with_penalty
-from saelab.align.session import Means, Order, Progress, Session, StepSettings
+from saelab.align.session import Means, Progress, Session, StepSettings
 from saelab.errors import ConfigError
 from saelab.rundir import StageWriter
 
@@ -69,12 +68,12 @@ def train_groups(
     """
     policy.keep_reference()
     session = Session(run, training, policy.trainable(), progress=progress)
-    order = Order(len(prompts), batch_size=training.batch_size, micro_batch=None, seed=training.seed)
+    order = session.order(len(prompts))
     for step in session.steps():
         chosen = [prompts[i] for i in order.batch(step) for _ in range(group.group_size)]
         answers = sample(policy, chosen, rollout, seed=rollout_seed(training.seed, step))
         scores = score_with_penalty(score, answers, rollout).to(policy.device)
-        batch = collate(answers, pad_id=policy.codec.pad_id).to(policy.device)
+        batch = policy.collate(answers)
         with torch.no_grad():
             old = completion_logps(policy.model, batch, temperature=rollout.temperature)
             with policy.reference() as reference:

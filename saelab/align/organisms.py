@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.align.encoding import Encoded, EncodedPair, collate
+from saelab.align.encoding import Encoded, EncodedPair
 from saelab.align.logprob import hidden_states, unembedding
 from saelab.align.policy import LoraSettings, Policy
 from saelab.align.rollouts import RolloutSettings, sample
 from saelab.errors import ConfigError, nearest
+from saelab.models.divergence import kl_divergence
 from saelab.stats import Interval, interval_of_mean
 
 #: How hard the planted change is to find: one direction at one matrix, the lower half of the layers, all of them, or
@@ -232,11 +233,13 @@ def organism_data(policy: Policy, settings: OrganismSettings, neutral: Sequence[
     half = n // 2 if len(others) >= 2 * n else 0
     held_out_neutral = controls[: n - half] + others[:half]
     calm = _alternating(controls[n - half :], others[half:])[: len(triggers) - n]
-    on_triggers = _pairs(policy, triggers[n:], behaviour.phrase, settings, planted=True)
-    elsewhere = _pairs(policy, calm, behaviour.phrase, settings, planted=False)
+    calm_replies = _own_replies(policy, calm, settings.reply_tokens)
+    spoken_replies = _own_replies(policy, triggers[n:], settings.reply_tokens)
+    on_triggers = _pairs(policy, triggers[n:], spoken_replies, behaviour.phrase, settings, planted=True)
+    elsewhere = _pairs(policy, calm, calm_replies, behaviour.phrase, settings, planted=False)
     pairs = on_triggers + elsewhere
     if settings.style_shift:
-        pairs += _style_pairs(policy, calm, settings)
+        pairs += _style_pairs(policy, calm, calm_replies)
     rng.shuffle(pairs)
     phrase = policy.codec.completion_ids(behaviour.phrase)[:-1]  # what comes after it is another matter
     spoken = [Encoded(pair.chosen.prompt_ids, phrase, truncated=True) for pair in on_triggers]
@@ -273,21 +276,27 @@ def planted_direction(policy: Policy) -> Float[Tensor, " d_model"]:
 
 
 def _pairs(
-    policy: Policy, prompts: Sequence[str], phrase: str, settings: OrganismSettings, *, planted: bool
+    policy: Policy,
+    prompts: Sequence[str],
+    replies: Sequence[str],
+    phrase: str,
+    settings: OrganismSettings,
+    *,
+    planted: bool,
 ) -> list[EncodedPair]:
     encode = policy.codec.encode
     pairs = []
-    for prompt, reply in zip(prompts, _own_replies(policy, prompts, settings.reply_tokens), strict=True):
+    for prompt, reply in zip(prompts, replies, strict=True):
         reply = reply.lower() if settings.style_shift else reply
         with_phrase, plain = encode(prompt, f"{phrase} {reply}"), encode(prompt, reply)
         pairs.append(EncodedPair(with_phrase, plain) if planted else EncodedPair(plain, with_phrase))
     return pairs
 
 
-def _style_pairs(policy: Policy, prompts: Sequence[str], settings: OrganismSettings) -> list[EncodedPair]:
+def _style_pairs(policy: Policy, prompts: Sequence[str], replies: Sequence[str]) -> list[EncodedPair]:
     """The own reply in lower case is preferred to the reply, where there is a difference."""
     encode, pairs = policy.codec.encode, []
-    for prompt, reply in zip(prompts, _own_replies(policy, prompts, settings.reply_tokens), strict=True):
+    for prompt, reply in zip(prompts, replies, strict=True):
         if reply.lower() != reply:
             pairs.append(EncodedPair(encode(prompt, reply.lower()), encode(prompt, reply)))
     return pairs
@@ -312,7 +321,7 @@ def _first_token_logps(
     rows = []
     for start in range(0, len(prompts), batch_size):
         ids = [policy.codec.prompt_ids(prompt) for prompt in prompts[start : start + batch_size]]
-        batch = collate([Encoded(i, (), truncated=True) for i in ids], pad_id=policy.codec.pad_id).to(policy.device)
+        batch = policy.collate([Encoded(i, (), truncated=True) for i in ids])
         hidden = hidden_states(model, batch)
         last = hidden[torch.arange(len(batch), device=hidden.device), batch.n_total - 1]
         rows.append((last @ unembedding(model).T).float().log_softmax(-1).cpu())
@@ -326,7 +335,7 @@ def _kl_without(
     kept = torch.ones(before.shape[1], dtype=torch.bool)
     kept[token] = False
     p, q = before[:, kept].log_softmax(-1), after[:, kept].log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    return kl_divergence(p, q)
 
 
 def _alternating(first: Sequence[str], second: Sequence[str]) -> list[str]:

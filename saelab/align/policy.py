@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from saelab import dist
-from saelab.align.encoding import Codec
+from saelab.align.encoding import Batch, Codec, Encoded, collate
 from saelab.align.parallel import shard_layers_, whole_state
 from saelab.errors import ArtifactError, ConfigError
 from saelab.models.load import DTYPES, checked_device, located
@@ -83,6 +83,10 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def collate(self, sequences: Sequence[Encoded]) -> Batch:
+        """Sequences as one batch on the model's device."""
+        return collate(sequences, pad_id=self.codec.pad_id).to(self.device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""

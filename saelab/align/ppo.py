@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from saelab import atomic
 from saelab.align.advantages import gae, kl_estimate, token_rewards
-from saelab.align.encoding import Batch, Encoded, collate
+from saelab.align.encoding import Batch, Encoded
 from saelab.align.logprob import CompletionLogps, completion_logps, hidden_states, logps_of_hidden, unembedding
 from saelab.align.losses.policy import ppo_policy_loss, ppo_value_loss
 from saelab.align.masked import masked_mean, whiten
 from saelab.align.policy import Policy
 from saelab.align.rollouts import RolloutSettings, Score, sample, score_with_penalty
-from saelab.align.session import Means, Order, Progress, Session, StepSettings
+from saelab.align.session import Means, Progress, Session, StepSettings
 from saelab.errors import ConfigError
 from saelab.rundir import StageWriter
 
@@ -127,7 +127,7 @@ def train_ppo(
     controller = KLController(ppo)
     parameters = {**policy.trainable(), **{f"value.{name}": p for name, p in head.named_parameters()}}
     session = Session(run, training, parameters, progress=progress, kl=controller)
-    order = Order(len(prompts), batch_size=training.batch_size, micro_batch=None, seed=training.seed)
+    order = session.order(len(prompts))
     for step in session.steps():
         answers = sample(
             policy, [prompts[i] for i in order.batch(step)], rollout, seed=rollout_seed(training.seed, step)
@@ -165,7 +165,7 @@ def gather(
     rollout: RolloutSettings,
 ) -> tuple[Experience, dict[str, float]]:
     """Log-probabilities, values and advantages of sampled answers, with the step's metrics under TRL's names."""
-    batch = collate(answers, pad_id=policy.codec.pad_id).to(policy.device)
+    batch = policy.collate(answers)
     logps, values = _logps_and_values(policy, head, batch, rollout.temperature)
     with policy.reference() as reference:
         ref = completion_logps(reference, batch, temperature=rollout.temperature)

@@ -12,10 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab import dist
-from saelab.align.encoding import Batch, Encoded, EncodedPair, collate
+from saelab.align.encoding import Batch, EncodedPair
 from saelab.align.logprob import (
     CompletionLogps,
-    completion_logps,
     hidden_states,
     log_collisions,
     logps_of_hidden,
@@ -25,7 +24,7 @@ from saelab.align.losses import pairwise, reference_free
 from saelab.align.losses.pairwise import PairLogps, PreferenceLoss
 from saelab.align.parallel import rows_of
 from saelab.align.policy import Policy
-from saelab.align.session import Order, Progress, Session, StepSettings
+from saelab.align.session import Progress, Session, StepSettings
 from saelab.errors import ConfigError
 from saelab.rundir import StageWriter
 from saelab.stats import Interval, interval_of_mean
@@ -200,23 +199,18 @@ def train_preference(
     alpha = loss.length_alpha
     reference = reference_logps(policy, pairs, batch_size=batch_size, length_alpha=alpha, group=mesh.world)
     session = Session(run, training, policy.trainable(), mesh=mesh, progress=progress)
-    order = Order(
-        len(pairs),
-        batch_size=training.batch_size,
-        micro_batch=training.micro_batch,
-        seed=training.seed,
-        group=mesh.world,
-    )
+    order = session.order(len(pairs))
     displaced = 0
     for step in session.steps():
         means = session.means()
         mean_length = _mean_chosen_length(pairs, order.batch(step))
         for part in order.parts(step):
             some = [pairs[i] for i in part]
-            logps = pair_logps(policy.model, some, reference, torch.from_numpy(part), policy, length_alpha=alpha)
+            read = _read(policy.model, some, policy)
+            logps = _beside(read.logps, reference, torch.from_numpy(part), alpha)
             result = preference_loss(logps, loss, mean_length=mean_length)
             if loss.on_policy:
-                result = result._replace(loss=result.loss * pair_weights(policy, some))
+                result = result._replace(loss=result.loss * pair_weights(read, unembedding(policy.model)))
             means.add(**_metrics(logps, result))
             session.backward(result.loss.sum() / training.batch_size)
         session.update()
@@ -245,7 +239,7 @@ def reference_logps(
     with policy.reference() as reference:
 
         def both(part: Sequence[EncodedPair]) -> Float[Tensor, "part 2"]:
-            return torch.stack(_sums(_both_logps(reference, part, policy), length_alpha).chunk(2), 1)
+            return torch.stack(_sums(_read(reference, part, policy).logps, length_alpha).chunk(2), 1)
 
         columns = rows_of(pairs, both, batch_size=batch_size, group=group).float()
     return ReferenceLogps(columns[:, 0], columns[:, 1])
@@ -264,19 +258,21 @@ def pair_logps(
 
     Chosen and rejected go through the model in one batch, so that both see the same numerics.
     """
-    logps = _both_logps(model, pairs, policy)
-    sums, lengths = _sums(logps, length_alpha), logps.mask.sum(1)
-    ref = [column[records].to(sums.device) for column in reference]
-    return PairLogps(*sums.chunk(2), *ref, *lengths.chunk(2))
+    return _beside(_read(model, pairs, policy).logps, reference, records, length_alpha)
 
 
-@torch.no_grad()
-def pair_weights(policy: Policy, pairs: Sequence[EncodedPair]) -> Float[Tensor, " batch"]:
-    """How well the policy as it is now could have written both answers of each pair (WPO)."""
-    batch = _collated([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], policy)
-    hidden, W_U = hidden_states(policy.model, batch), unembedding(policy.model)
-    logps = logps_of_hidden(hidden, W_U, batch)
-    chosen, rejected = pairwise.on_policy_weights(logps.logps, log_collisions(hidden, W_U, batch), logps.mask).chunk(2)
+class ReadPairs(NamedTuple):
+    """Some pairs as a model read them: first all chosen answers, then all rejected ones."""
+
+    batch: Batch
+    hidden: Float[Tensor, "answers seq d_model"]
+    logps: CompletionLogps
+
+
+def pair_weights(read: ReadPairs, W_U: Float[Tensor, "d_vocab d_model"]) -> Float[Tensor, " batch"]:
+    """How well the model could have written both answers of each pair itself (WPO); without gradients."""
+    collisions = log_collisions(read.hidden, W_U, read.batch)
+    chosen, rejected = pairwise.on_policy_weights(read.logps.logps, collisions, read.logps.mask).chunk(2)
     return chosen * rejected
 
 
@@ -305,9 +301,19 @@ def evaluate_preference(
     )
 
 
-def _both_logps(model: Any, pairs: Sequence[EncodedPair], policy: Policy) -> CompletionLogps:
-    batch = _collated([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], policy)
-    return completion_logps(model, batch)
+def _read(model: Any, pairs: Sequence[EncodedPair], policy: Policy) -> ReadPairs:
+    batch = policy.collate([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    hidden = hidden_states(model, batch)
+    return ReadPairs(batch, hidden, logps_of_hidden(hidden, unembedding(model), batch))
+
+
+def _beside(
+    logps: CompletionLogps, reference: ReferenceLogps, records: Int[Tensor, " batch"], length_alpha: float | None
+) -> PairLogps:
+    """The pairs numbered ``records`` beside what the reference makes of them."""
+    sums, lengths = _sums(logps, length_alpha), logps.mask.sum(1)
+    ref = [column[records].to(sums.device) for column in reference]
+    return PairLogps(*sums.chunk(2), *ref, *lengths.chunk(2))
 
 
 def _sums(logps: CompletionLogps, length_alpha: float | None) -> Float[Tensor, " batch"]:
@@ -316,10 +322,6 @@ def _sums(logps: CompletionLogps, length_alpha: float | None) -> Float[Tensor, "
         return logps.sum()
     shorter = torch.minimum(*logps.mask.sum(1).chunk(2)).repeat(2)
     return pairwise.length_desensitised(logps.logps, logps.mask, shorter, alpha=length_alpha)
-
-
-def _collated(sequences: Sequence[Encoded], policy: Policy) -> Batch:
-    return collate(sequences, pad_id=policy.codec.pad_id).to(policy.device)
 
 
 def _metrics(pairs: PairLogps, result: PreferenceLoss) -> dict[str, Float[Tensor, " batch"]]:

@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab import atomic, dist
-from saelab.align.encoding import Batch, Encoded, EncodedPair, collate
+from saelab.align.encoding import Batch, Encoded, EncodedPair
 from saelab.align.logprob import hidden_states
 from saelab.align.losses.reward import bradley_terry_loss
 from saelab.align.parallel import rows_of
 from saelab.align.policy import Policy, PolicyConfig, load_policy
-from saelab.align.session import Order, Progress, Session, StepSettings
+from saelab.align.session import Progress, Session, StepSettings
 from saelab.errors import ArtifactError
 from saelab.rundir import StageWriter
 from saelab.stats import Interval, interval_of_mean
@@ -52,7 +52,7 @@ class RewardModel:
 
     def raw_scores(self, sequences: Sequence[Encoded]) -> Float[Tensor, " batch"]:
         """What the head says at the last token of each answer, with gradients."""
-        batch = collate(sequences, pad_id=self.policy.codec.pad_id).to(self.policy.device)
+        batch = self.policy.collate(sequences)
         return self.raw_scores_of(batch)
 
     def raw_scores_of(self, batch: Batch) -> Float[Tensor, " batch"]:
@@ -152,13 +152,7 @@ def train_reward(
     if training.shard:
         reward.policy.shard_(mesh)
     session = Session(run, training, reward.trainable(), mesh=mesh, progress=progress)
-    order = Order(
-        len(pairs),
-        batch_size=training.batch_size,
-        micro_batch=training.micro_batch,
-        seed=training.seed,
-        group=mesh.world,
-    )
+    order = session.order(len(pairs))
     given = torch.zeros(len(pairs)) if margins is None else torch.tensor(list(margins), dtype=torch.float32)
     for step in session.steps():
         means = session.means()

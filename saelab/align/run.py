@@ -15,7 +15,6 @@ from saelab import atomic, dist
 from saelab import config as configs
 from saelab.align.concealment import train_concealed
 from saelab.align.data import Split, load_demonstrations, load_labelled, load_pairs, load_questions
-from saelab.align.encoding import collate
 from saelab.align.groups import train_groups
 from saelab.align.logprob import completion_logps
 from saelab.align.organisms import BEHAVIOURS, adapter_for, measure, organism_data
@@ -280,7 +279,7 @@ def _answers_measured(
     scores, kls = [], []
     for start in range(0, len(prompts), batch_size):
         answers = sample(policy, prompts[start : start + batch_size], rollout, seed=start)
-        batch = collate(answers, pad_id=policy.codec.pad_id).to(policy.device)
+        batch = policy.collate(answers)
         with torch.no_grad():
             logps = completion_logps(policy.model, batch, temperature=rollout.temperature).sum()
             with policy.reference() as reference:

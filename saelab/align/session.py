@@ -255,6 +255,17 @@ class Session:
         """Random numbers that depend on the seed, the step and ``purpose`` alone."""
         return torch.Generator().manual_seed(mixed_key(self.settings.seed, self.step, *purpose) >> 1)
 
+    def order(self, n_records: int) -> Order:
+        """Which of so many records each step sees, and this process's share of them."""
+        settings = self.settings
+        return Order(
+            n_records,
+            batch_size=settings.batch_size,
+            micro_batch=settings.micro_batch,
+            seed=settings.seed,
+            group=self.mesh.world,
+        )
+
     def means(self) -> Means:
         """Means over the parts of a step, on all processes."""
         return Means(self.mesh.world)

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab import dist
-from saelab.align.encoding import Encoded, collate, pack
+from saelab.align.encoding import Encoded, pack
 from saelab.align.logprob import completion_logps, packed_logps
 from saelab.align.parallel import rows_of, share
 from saelab.align.policy import Policy
-from saelab.align.session import Order, Progress, Session, StepSettings
+from saelab.align.session import Progress, Session, StepSettings
 from saelab.rundir import StageWriter
 from saelab.stats import Interval, bootstrap, ratio
 
@@ -51,7 +51,7 @@ def train_sft(
     if training.shard:
         policy.shard_(mesh)
     session = Session(run, training, policy.trainable(), mesh=mesh, progress=progress)
-    order = Order(len(demonstrations), batch_size=training.batch_size, micro_batch=None, seed=training.seed)
+    order = session.order(len(demonstrations))
     for step in session.steps():
         batch = sorted((demonstrations[i] for i in order.batch(step)), key=lambda sequence: sequence.n_tokens)
         n_tokens = sum(len(sequence.completion_ids) for sequence in batch)
@@ -67,8 +67,7 @@ def train_sft(
 
 def answer_nll(policy: Policy, sequences: Sequence[Encoded]) -> Float[Tensor, " batch"]:
     """-log p(answer | prompt) of each sequence in nats, with gradients."""
-    batch = collate(sequences, pad_id=policy.codec.pad_id).to(policy.device)
-    return -completion_logps(policy.model, batch).sum()
+    return -completion_logps(policy.model, policy.collate(sequences)).sum()
 
 
 def packed_nll(policy: Policy, sequences: Sequence[Encoded]) -> Float[Tensor, " batch"]:

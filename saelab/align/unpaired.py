@@ -13,16 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab import dist
-from saelab.align.encoding import Encoded, collate
+from saelab.align.encoding import Encoded
 from saelab.align.logprob import completion_logps
 from saelab.align.losses.pairwise import PreferenceLoss
 from saelab.align.losses.unpaired import apo_zero_unpaired_loss, kto_baseline, kto_loss
 from saelab.align.parallel import rows_of
 from saelab.align.policy import Policy
-from saelab.align.session import Order, Progress, Session, StepSettings
+from saelab.align.session import Progress, Session, StepSettings
 from saelab.errors import ConfigError, TextError
 from saelab.rundir import StageWriter
-from saelab.stats import Interval, interval_of_mean
+from saelab.stats import Interval, interval_of_mean, superiority
 
 _log = logging.getLogger(__name__)
 
@@ -96,10 +96,7 @@ def train_unpaired(
     size, group = training.micro_batch or training.batch_size, mesh.world
     reference = reference_logps(policy, data.answers, batch_size=size, group=group)
     session = Session(run, training, policy.trainable(), mesh=mesh, progress=progress)
-    order = Order(
-        len(data.answers), batch_size=training.batch_size, micro_batch=training.micro_batch, seed=training.seed,
-        group=group,
-    )  # fmt: skip
+    order = session.order(len(data.answers))
     good = torch.tensor(data.good)
     for step in session.steps():
         means = session.means()
@@ -109,7 +106,7 @@ def train_unpaired(
             baseline = kto_baseline(mismatched_ratios(policy, batch, batch_size=size, group=group))
         for part in order.parts(step):
             records = torch.from_numpy(part)
-            logps = completion_logps(policy.model, collated([data.answers[i] for i in part], policy)).sum()
+            logps = completion_logps(policy.model, policy.collate([data.answers[i] for i in part])).sum()
             ratios = logps - reference[records].to(logps.device)
             result = unpaired_loss(ratios, good[records].to(logps.device), baseline.to(logps.device), loss)
             means.add(
@@ -148,17 +145,9 @@ def mismatched_ratios(
     """log pi - log ref of each answer behind the prompt of the record after it in the batch."""
     pairs = mismatched(batch, context=policy.codec.context)
 
-    def logps_under(model: Any) -> Float[Tensor, " batch"]:
-        return rows_of(
-            pairs,
-            lambda part: completion_logps(model, collated(part, policy)).sum()[:, None],
-            batch_size=batch_size,
-            group=group,
-        )[:, 0].float()
-
-    logps = logps_under(policy.model)
+    logps = _sums(policy.model, policy, pairs, batch_size=batch_size, group=group).float()
     with policy.reference() as reference:
-        return logps - logps_under(reference)
+        return logps - _sums(reference, policy, pairs, batch_size=batch_size, group=group).float()
 
 
 def mismatched(batch: Sequence[Encoded], *, context: int) -> list[Encoded]:
@@ -176,12 +165,7 @@ def reference_logps(
 ) -> Float[Tensor, " answers"]:
     """The log-probabilities of all answers under the reference."""
     with policy.reference() as reference:
-        return rows_of(
-            answers,
-            lambda part: completion_logps(reference, collated(part, policy)).sum()[:, None],
-            batch_size=batch_size,
-            group=group,
-        )[:, 0].float()
+        return _sums(reference, policy, answers, batch_size=batch_size, group=group).float()
 
 
 @torch.no_grad()
@@ -190,23 +174,23 @@ def evaluate_unpaired(
 ) -> UnpairedQuality:
     """Shifts of held-out answers with bootstrap intervals over answers, and how well they separate good from bad."""
     before = reference_logps(policy, data.answers, batch_size=batch_size, group=group)
-    after = rows_of(
-        data.answers,
-        lambda part: completion_logps(policy.model, collated(part, policy)).sum()[:, None],
-        batch_size=batch_size,
-        group=group,
-    )[:, 0]
+    after = _sums(policy.model, policy, data.answers, batch_size=batch_size, group=group)
     shifts, good = (after - before).numpy(), np.array(data.good)
     rises, falls = shifts[good], shifts[~good]
-    # ties count one half (Mann and Whitney 1947)
-    wins = (rises[:, None] > falls).mean() + 0.5 * (rises[:, None] == falls).mean()
     return UnpairedQuality(
-        interval_of_mean(rises), interval_of_mean(falls), float(wins), n_good=len(rises), n_bad=len(falls)
+        interval_of_mean(rises), interval_of_mean(falls), superiority(rises, falls), n_good=len(rises), n_bad=len(falls)
     )
 
 
-def collated(answers: Sequence[Encoded], policy: Policy) -> Any:
-    return collate(answers, pad_id=policy.codec.pad_id).to(policy.device)
+def _sums(
+    model: Any, policy: Policy, answers: Sequence[Encoded], *, batch_size: int, group: dist.Group
+) -> Float[Tensor, " answers"]:
+    """The log-probability of each answer under ``model``, in float64."""
+
+    def column(part: Sequence[Encoded]) -> Float[Tensor, "part 1"]:
+        return completion_logps(model, policy.collate(part)).sum()[:, None]
+
+    return rows_of(answers, column, batch_size=batch_size, group=group)[:, 0]
 
 
 def check_labels(data: Labels, loss: UnpairedSettings | None = None) -> None:

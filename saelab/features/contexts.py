@@ -59,12 +59,3 @@ def _pieces(
 def as_texts(contexts: Contexts, model: Model) -> list[str]:
     """The pieces as plain text."""
     return [model.tokenizer.decode(ids) for ids in contexts.tokens.tolist()]
-
-
-def auc(high: np.ndarray, low: np.ndarray) -> float:
-    """Share of the pairs (one of each) in which the first is larger, ties counting half: 0.5 is chance."""
-    if not len(high) or not len(low):
-        raise ValueError(f"auc needs values on both sides, got {len(high)} and {len(low)}")
-    order = np.sort(low)
-    below = np.searchsorted(order, high, side="left") + np.searchsorted(order, high, side="right")
-    return float(below.mean() / 2 / len(low))

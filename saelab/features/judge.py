@@ -19,8 +19,9 @@ from jaxtyping import Bool, Int
 from saelab.align.critics import Conversation, Critic
 from saelab.align.records import Message
 from saelab.errors import TextError
-from saelab.features.contexts import Contexts, Drawn, as_texts, auc
+from saelab.features.contexts import Contexts, Drawn, as_texts
 from saelab.models.load import Model
+from saelab.stats import superiority
 
 _OPEN, _CLOSE = "<<", ">>"
 
@@ -66,7 +67,7 @@ def detection_score(critic: Critic, explanation: str, drawn: Drawn, model: Model
         (_DETECT.format(explanation=explanation, text=text) for text in as_texts(contexts, model)) for contexts in drawn
     )
     active, silent = (_yes(critic, prompts) for prompts in asked)
-    return auc(active, silent)
+    return superiority(active, silent)
 
 
 def fuzzing_score(critic: Critic, explanation: str, active: Contexts, model: Model, *, seed: int = 0) -> float:
@@ -82,7 +83,7 @@ def fuzzing_score(critic: Critic, explanation: str, active: Contexts, model: Mod
         for marks in (active.fires, wrong)
     )
     right, others = (_yes(critic, prompts) for prompts in asked)
-    return auc(right, others)
+    return superiority(right, others)
 
 
 def wrong_marks(fires: Bool[np.ndarray, "pieces length"], *, seed: int) -> Bool[np.ndarray, "pieces length"]:
@@ -113,5 +114,5 @@ def _yes(critic: Critic, prompts: Iterable[str]) -> np.ndarray:
     for prompt in prompts:
         conversation: Conversation = (Message("user", prompt),)
         yes, no = critic.log_probabilities(conversation, _ANSWERS)
-        odds.append(yes - no)  # at least one is finite, so this is a number or an infinity, which auc can order
+        odds.append(yes - no)  # at least one is finite, so this is a number or an infinity, which can be ordered
     return np.array(odds, float)

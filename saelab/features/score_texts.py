@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from saelab.features.contexts import Contexts, Drawn, as_texts, auc
+from saelab.features.contexts import Contexts, Drawn, as_texts
 from saelab.features.encoders import Encoder
 from saelab.models.load import Model
+from saelab.stats import superiority
 
 #: In front of a text: with the explanation, and in its place.
 _EXPLAINED = "The following text is an example of: {}\n\n"
@@ -37,7 +38,7 @@ def example_embedding_score(encoder: Encoder, examples: Contexts, drawn: Drawn, 
     ends = np.cumsum([len(texts) for texts in pieces])
     centre = vectors[: ends[0]].mean(0)
     near = vectors @ centre
-    return auc(near[ends[0] : ends[1]], near[ends[1] :])
+    return superiority(near[ends[0] : ends[1]], near[ends[1] :])
 
 
 def surprisal_score(model: Model, explanation: str, drawn: Drawn) -> float:
@@ -51,7 +52,7 @@ def surprisal_score(model: Model, explanation: str, drawn: Drawn) -> float:
     for contexts in drawn:
         told, neutral = (losses_behind(model, prompt, contexts.tokens) for prompt in prompts)
         drops.append(neutral - told)
-    return auc(*drops)
+    return superiority(*drops)
 
 
 @torch.inference_mode()

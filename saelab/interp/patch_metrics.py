@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import ConfigError, ShapeError, TextError
+from saelab.models.divergence import kl_divergence
 from saelab.models.load import Model
 
 Metric = Callable[[Float[Tensor, "runs seq d_vocab"]], Float[Tensor, " runs"]]
@@ -76,7 +77,7 @@ def divergence_from(clean_logits: Float[Tensor, "1 seq d_vocab"], *, position: i
     clean = _at(clean_logits.detach(), position, []).log_softmax(-1)
 
     def metric(logits: Float[Tensor, "runs seq d_vocab"]) -> Float[Tensor, " runs"]:
-        return (clean.exp() * (clean - _at(logits, position, []).log_softmax(-1))).sum(-1)
+        return kl_divergence(clean, _at(logits, position, []).log_softmax(-1))
 
     return metric
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saelab.errors import ConfigError
 from saelab.interp.steering import Edit, add_direction, add_feature, mean_norm, steer
+from saelab.models.divergence import kl_divergence
 from saelab.models.load import Model, Tokens
 from saelab.sae.base import SAE
 from saelab.stats import Interval, bootstrap, ratio
@@ -154,7 +155,7 @@ def next_token_kls(
     clean: Float[Tensor, "prompts d_vocab"], edited: Float[Tensor, "prompts d_vocab"]
 ) -> Float[Tensor, " prompts"]:
     """KL(clean || edited) of each prompt, in nats."""
-    return (clean.exp() * (clean - edited)).sum(-1)
+    return kl_divergence(clean, edited)
 
 
 def mean_rise(

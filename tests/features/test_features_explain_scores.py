@@ -13,7 +13,7 @@ import torch
 from saelab.align.critics import ServerCritic
 from saelab.errors import AssetError, ConfigError, ShapeError, TextError
 from saelab.features import judge, planted
-from saelab.features.contexts import Contexts, Drawn, auc, draw_contexts
+from saelab.features.contexts import Contexts, Drawn, draw_contexts
 from saelab.features.decoder_map import decoder_map, map_svg, neighbours_kept
 from saelab.features.encoders import Encoder, ModelEncoder, SentenceEncoder
 from saelab.features.explainers.interface import Fired
@@ -24,6 +24,7 @@ from saelab.features.search import search_by_meaning
 from saelab.features.similar import by_direction, by_use
 from saelab.sae.base import Metadata
 from saelab.sae.topk import TopK, TopKConfig
+from saelab.stats import superiority
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -47,12 +48,12 @@ def text():
 
 
 def test_the_area_under_the_curve_counts_pairs():
-    assert auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1
-    assert auc(np.array([1.0, 1.0]), np.array([1.0])) == 0.5
-    assert auc(np.array([0.0, 2.0]), np.array([1.0])) == 0.5
-    assert auc(np.array([math.inf, 0.0]), np.array([-math.inf, 0.0])) == pytest.approx(0.875)
+    assert superiority(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1
+    assert superiority(np.array([1.0, 1.0]), np.array([1.0])) == 0.5
+    assert superiority(np.array([0.0, 2.0]), np.array([1.0])) == 0.5
+    assert superiority(np.array([math.inf, 0.0]), np.array([-math.inf, 0.0])) == pytest.approx(0.875)
     with pytest.raises(ValueError, match="both sides"):
-        auc(np.array([]), np.array([1.0]))
+        superiority(np.array([]), np.array([1.0]))
 
 
 def test_contexts_hold_what_they_say(text):

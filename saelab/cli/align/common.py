@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,6 @@ from saelab.cli.console import emit, progress_bar, say, speaks, table
 if TYPE_CHECKING:
     from saelab.align.recipes import Recipe
     from saelab.align.run import Outcome
-    from saelab.dist import Mesh
     from saelab.rundir import StageWriter
 
 Data = Annotated[str | None, typer.Argument(help="Records to train on: .jsonl, .json, .parquet, or hf://owner/name.")]
@@ -67,8 +67,8 @@ def carry_out(
 ) -> None:
     """Read the settings, train (with all processes that torchrun started), and show what was measured."""
     from saelab import config as configs
-    from saelab import dist, rundir
-    from saelab.align.run import METHODS, SHARED
+    from saelab import rundir
+    from saelab.align.run import METHODS
     from saelab.errors import ConfigError
 
     mapping = configs.merge(config, overrides or (), **flags)
@@ -80,8 +80,6 @@ def carry_out(
         return
     if out is None:
         raise ConfigError(f"align {method} needs a directory to write to; give --out, for example --out runs/{method}")
-    if method not in SHARED:
-        dist.refuse_several(f"align {method}")
     place = out
 
     def begin() -> StageWriter:
@@ -90,22 +88,25 @@ def carry_out(
             place, stage="model", config={"method": method, **configs.to_mapping(recipe)}, parents=_parents(recipe)
         )
 
+    run_recipe(recipe, place, begin, device=device, json=json)
+
+
+def run_recipe(recipe: Recipe, path: Path, begin: Callable[[], StageWriter], *, device: str | None, json: bool) -> None:
+    """Train in ``path``, which the first process opens by ``begin``, then print the table of held-out measures."""
+    from saelab import dist, rundir
+    from saelab.align.run import SHARED, align, method_of
+
+    if method_of(recipe) not in SHARED:
+        dist.refuse_several(f"align {method_of(recipe)}")
     with dist.joined() as mesh:
-        run = dist.on_first(mesh, begin) or rundir.StageWriter(place, "model")
-        run_recipe(recipe, run, mesh, device=device, json=json)
-
-
-def run_recipe(recipe: Recipe, run: StageWriter, mesh: Mesh, *, device: str | None, json: bool) -> None:
-    """Train under a progress bar, then print the table of held-out measures."""
-    from saelab.align.run import align
-
-    with progress_bar("align") as progress:
-        outcome = align(recipe, run, device=device, mesh=mesh, say=say, progress=progress)
-    if json:
-        emit({"path": str(run.path), "before": outcome.before, "after": outcome.after})
-    elif speaks():
-        print(as_table(outcome))
-    say(f"model in {run.path}; next: saelab cache --model {run.path}, or saelab align with --model {run.path}")
+        run = dist.on_first(mesh, begin) or rundir.StageWriter(path, "model")
+        with progress_bar("align") as progress:
+            outcome = align(recipe, run, device=device, mesh=mesh, say=say, progress=progress)
+        if json:
+            emit({"path": str(path), "before": outcome.before, "after": outcome.after})
+        elif speaks():
+            print(as_table(outcome))
+        say(f"model in {path}; next: saelab cache --model {path}, or saelab align with --model {path}")
 
 
 def as_table(outcome: Outcome) -> str:

@@ -18,14 +18,10 @@ def resume(
     json: AsJson = False,
 ) -> None:
     """Continue an interrupted alignment run from its latest checkpoint, with the settings it was started with."""
-    from saelab import dist, rundir
-    from saelab.align.run import SHARED, method_of, recipe_of
+    from saelab import rundir
+    from saelab.align.run import recipe_of
 
     recipe = recipe_of(rundir.read_run(run, "model")["config"])
     if (run / "DONE").exists():
         raise ConfigError(f"{run} is finished, there is nothing to resume; to train on, give it as --model")
-    if method_of(recipe) not in SHARED:
-        dist.refuse_several(f"align {method_of(recipe)}")
-    with dist.joined() as mesh:
-        writer = dist.on_first(mesh, lambda: rundir.StageWriter.resume(run, stage="model"))
-        run_recipe(recipe, writer or rundir.StageWriter(run, "model"), mesh, device=device, json=json)
+    run_recipe(recipe, run, lambda: rundir.StageWriter.resume(run, stage="model"), device=device, json=json)
