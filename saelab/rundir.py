@@ -173,12 +173,23 @@ def check_replaceable(path: Path, stage: str) -> None:
 
 
 def replace_result(
-    out: Path, result: Mapping[str, Any], *, stage: str, config: Mapping[str, Any], parents: Mapping[str, Path]
+    out: Path,
+    result: Mapping[str, Any],
+    *,
+    stage: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, Path],
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Put a finished stage whose artefact is the JSON ``result`` in the place of an older one, whole or not at all."""
+    """Put a finished stage whose artefact is the JSON ``result`` in the place of an older one, whole or not at all.
+
+    ``texts`` are further files of it by their names, such as report.md.
+    """
     with atomic.replacing_directory(out) as folder:
         writer = StageWriter.create(folder, stage=stage, config=config, parents=parents)
         atomic.write_json(folder / STAGES[stage], result)
+        for name, text in (texts or {}).items():
+            atomic.write_bytes(folder / name, text.encode())
         writer.finish()
 
 

@@ -6,14 +6,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saelab.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:
+    from saelab.evals.report import Section
 
 Progress = Callable[[int, int, str], None]
 
@@ -89,6 +92,17 @@ class _Milestones:
         if tenth > self._tenth:
             self._tenth = tenth
             say(f"{self._title}: {done}/{total} {detail}".rstrip())
+
+
+def written(sections: Iterable[Section]) -> list[str]:
+    """The parts of a report for a terminal: titles, tables and sentences; what is a picture only is left out."""
+    parts: list[str] = []
+    for section in sections:
+        if section.tables or section.sentences:
+            parts.append(section.title.upper())
+            parts += [table(content.rows, header=content.header) for content in section.tables]
+            parts += section.sentences
+    return parts
 
 
 def table(rows: Sequence[Sequence[str]], *, header: Sequence[str]) -> str:

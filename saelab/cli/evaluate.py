@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saelab import atomic
-from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, PrintConfig, emit, progress_bar, say, table
-from saelab.cli.inputs import opened
+from saelab.cli.console import (
+    AsJson,
+    ConfigFile,
+    Device,
+    Overrides,
+    PrintConfig,
+    emit,
+    progress_bar,
+    say,
+    table,
+    written,
+)
+from saelab.cli.inputs import opened, store_of
 from saelab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,14 +124,11 @@ def _evaluate_sweep(
     """The members of a sweep, with the settings of the core."""
     from dataclasses import fields
 
-    from saelab import rundir
-    from saelab.activations.store import ActivationStore
     from saelab.cli.sweep import evaluate_sweep
     from saelab.evals.reconstruction import EvalConfig
 
     config = EvalConfig(**{field.name: getattr(settings, field.name) for field in fields(EvalConfig)})
-    found = rundir.find(activations, "activations") if activations else rundir.parent(sweep, "activations")
-    store = ActivationStore.open(found)
+    store = store_of(sweep, activations)
     store.verify()
     evaluate_sweep(sweep, config, store, device=device, json=json, out=out)
 
@@ -151,7 +158,8 @@ def run_evaluation(
     result = run_suite(this, others, store, model, config, kept, progress_bar)
     parents = {"sae": sae_path, "activations": store.path}
     parents |= {f"against_{number}": other.path for number, other in enumerate(others, start=1)}
-    _publish(out, result, configs.to_mapping(config), parents, {"md": markdown(result), "html": html(result)})
+    texts = {"report.md": markdown(result), "report.html": html(result)}
+    rundir.replace_result(out, result, stage="eval", config=configs.to_mapping(config), parents=parents, texts=texts)
     kept.discard()
     say(f"written to {out}; to read: {out / 'report.html'}")
     return result
@@ -174,8 +182,8 @@ def toy_worlds(mapping: dict[str, Any], out: Path | None, *, print_config: bool,
         results = toy_suite(config, progress=progress)
     result = to_json(results, config)
     if out is not None:
-        texts = {"md": toy_markdown(results, config), "html": toy_html(results, config)}
-        _publish(out, result, configs.to_mapping(config), {}, texts)
+        texts = {"report.md": toy_markdown(results, config), "report.html": toy_html(results, config)}
+        rundir.replace_result(out, result, stage="eval", config=configs.to_mapping(config), parents={}, texts=texts)
         say(f"written to {out}; to read: {out / 'report.html'}")
     if json:
         emit(result)
@@ -188,12 +196,7 @@ def as_text(result: dict[str, Any]) -> str:
     """The result for a terminal: the core's table, then each further section of the report."""
     from saelab.evals.report import sections
 
-    parts = [as_table(result)]
-    for section in list(sections(result))[2:]:
-        parts.append(section.title.upper())
-        parts += [table(content.rows, header=content.header) for content in section.tables]
-        parts += section.sentences
-    return "\n\n".join(parts)
+    return "\n\n".join([as_table(result), *written(list(sections(result))[2:])])
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -223,17 +226,3 @@ def _other(path: Path, store: ActivationStore, device: Any) -> Run:
     if sae.metadata.model_sha256 is not None:
         store.check_model(sae.metadata.model_sha256)
     return Run(found, sae)
-
-
-def _publish(
-    out: Path, result: dict[str, Any], config: dict[str, Any], parents: dict[str, Path], reports: dict[str, str]
-) -> None:
-    """The stage directory of an evaluation in the place of an older one: eval.json, and report.* to read."""
-    from saelab import rundir
-
-    with atomic.replacing_directory(out) as folder:
-        writer = rundir.StageWriter.create(folder, stage="eval", config=config, parents=parents)
-        atomic.write_json(folder / rundir.STAGES["eval"], result)
-        for ending, text in reports.items():
-            atomic.write_bytes(folder / f"report.{ending}", text.encode())
-        writer.finish()

@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saelab import atomic
-from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, PrintConfig, emit, progress_bar, say, table
+from saelab.cli.console import (
+    AsJson,
+    ConfigFile,
+    Device,
+    Overrides,
+    PrintConfig,
+    emit,
+    progress_bar,
+    say,
+    table,
+    written,
+)
 from saelab.cli.inputs import opened
 from saelab.errors import ConfigError
 
@@ -124,19 +134,12 @@ def run_report(
     )
     with rundir.only_writer(out):
         result, explained = explain_features(work, referees)
-        with atomic.replacing_directory(out) as folder:
-            writer = rundir.StageWriter.create(
-                folder,
-                stage="explain",
-                config=configs.to_mapping(config),
-                parents={"sae": sae_path, "activations": store.path},
-            )
-            atomic.write_json(folder / rundir.STAGES["explain"], result)
-            for side, features in explained.items():
-                atomic.write_bytes(folder / f"{side.replace(' ', '_')}.jsonl", _lines(features))
-            for ending, text in (("md", markdown(result)), ("html", html(result))):
-                atomic.write_bytes(folder / f"report.{ending}", text.encode())
-            writer.finish()
+        texts = {f"{side.replace(' ', '_')}.jsonl": _lines(features) for side, features in explained.items()}
+        texts |= {"report.md": markdown(result), "report.html": html(result)}
+        parents = {"sae": sae_path, "activations": store.path}
+        rundir.replace_result(
+            out, result, stage="explain", config=configs.to_mapping(config), parents=parents, texts=texts
+        )
         work.kept.discard()
     say(f"written to {out}; to read: {out / 'report.html'}")
     return result
@@ -164,13 +167,7 @@ def as_text(result: dict[str, Any]) -> str:
     """The report for a terminal, without its pictures."""
     from saelab.features.explain_report import sections
 
-    parts = []
-    for section in sections(result):
-        if section.tables or section.sentences:
-            parts.append(section.title.upper())
-            parts += [table(content.rows, header=content.header) for content in section.tables]
-            parts += section.sentences
-    return "\n\n".join(parts)
+    return "\n\n".join(written(sections(result)))
 
 
 def as_card(explained: Explained) -> str:
@@ -197,8 +194,8 @@ def as_card(explained: Explained) -> str:
     return "\n".join([*lines, table(rows, header=["", "kind", *MEASURES, "f1 (choosing)", "explanation"])])
 
 
-def _lines(features: Sequence[Explained]) -> bytes:
-    return "".join(jsonlib.dumps(each.to_json(), ensure_ascii=False) + "\n" for each in features).encode()
+def _lines(features: Sequence[Explained]) -> str:
+    return "".join(jsonlib.dumps(each.to_json(), ensure_ascii=False) + "\n" for each in features)
 
 
 def _encoder(name: str, model: Model, device: str | None) -> Encoder:

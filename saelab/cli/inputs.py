@@ -25,20 +25,60 @@ def opened(sae_path: Path, *, activations: Path | None, device: str | None) -> I
     Raises:
         ArtifactError: something is missing, unfinished or damaged, or the activations are another model's.
     """
-    from saelab import rundir
-    from saelab.activations.store import ActivationStore
-    from saelab.models.load import load_model
     from saelab.sae.io import load_sae
 
-    found = rundir.find(activations, "activations") if activations else rundir.parent(sae_path, "activations")
-    store = ActivationStore.open(found)
+    store = store_of(sae_path, activations)
     sae = load_sae(sae_path)
     if sae.metadata.model_sha256 is not None:
         store.check_model(sae.metadata.model_sha256)
     store.verify()
+    model = model_of_store(store, device=device)
+    return Inputs(sae.to(model.device), store, model)
+
+
+def store_of(made: Path, activations: Path | None) -> ActivationStore:
+    """The activations that the stage ``made`` was made from, or those that stand in for them.
+
+    Raises:
+        ArtifactError: they are missing, unfinished or damaged.
+    """
+    from saelab import rundir
+    from saelab.activations.store import ActivationStore
+
+    found = rundir.find(activations, "activations") if activations else rundir.parent(made, "activations")
+    return ActivationStore.open(found)
+
+
+def model_of_store(store: ActivationStore, *, device: str | None) -> Model:
+    """The model whose activations these are.
+
+    Raises:
+        ArtifactError: the model of that name has other weights by now.
+    """
+    from saelab.models.load import load_model
+
     model = load_model(store.manifest.model.name, device=device)
     store.check_model(model.weights_sha256)
-    return Inputs(sae.to(model.device), store, model)
+    return model
+
+
+def model_and_sae(
+    name: str | None, sae_path: Path | None, *, device: str | None, dtype: str | None = None
+) -> tuple[Model, SAE | None]:
+    """The model ``name``, or the one that the SAE was trained on, or the demo; and the SAE on its device.
+
+    Raises:
+        ConfigError, ArtifactError: see `model_of`, or there is no such SAE.
+    """
+    from saelab.models.load import load_model
+    from saelab.sae.io import load_sae
+
+    sae = None if sae_path is None else load_sae(sae_path)
+    if sae is not None and name is None:
+        model = model_of(sae, device=device, dtype=dtype)
+    else:
+        model = load_model(name or "demo", device=device, dtype=dtype)
+    return model, None if sae is None else sae.to(model.device)
 
 
 def model_of(sae: SAE, *, device: str | None, dtype: str | None = None) -> Model:

@@ -18,7 +18,7 @@ from saelab.cli.console import (
     say,
     table,
 )
-from saelab.cli.inputs import model_of
+from saelab.cli.inputs import model_and_sae
 from saelab.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -113,25 +113,13 @@ def lens(
         from saelab.interp.lens_plot import check_suffix
 
         check_suffix(out)
-    loaded, found_sae = _loaded(model, sae, dtype=dtype or "float32", device=device)
+    loaded, found_sae = model_and_sae(model, sae, dtype=dtype or "float32", device=device)
     if logit:
         _attribute(loaded, str(prompt), found_sae, answer, wrong, position, heads=heads, json=json)
     elif found_sae is not None:
         _read_features(loaded, found_sae, feature or [], tuned, top=top, json=json)
     else:
         _read(loaded, str(prompt), tuned, top=top, out=out, json=json)
-
-
-def _loaded(model: str | None, sae_path: Path | None, *, dtype: str, device: str | None) -> tuple[Model, SAE | None]:
-    from saelab.models.load import load_model
-    from saelab.sae.io import load_sae
-
-    sae = None if sae_path is None else load_sae(sae_path)
-    if sae is not None and model is None:
-        loaded = model_of(sae, device=device, dtype=dtype)
-    else:
-        loaded = load_model(model or "demo", device=device, dtype=dtype)
-    return loaded, None if sae is None else sae.to(loaded.device)
 
 
 def _read(model: Model, prompt: str, tuned: Path | None, *, top: int, out: Path | None, json: bool) -> None:

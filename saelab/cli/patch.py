@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from saelab.cli.console import AsJson, Device, Progress, emit, progress_bar, say, table
-from saelab.cli.inputs import model_of
+from saelab.cli.inputs import model_and_sae
 from saelab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -172,21 +172,13 @@ def _carried_out(request: _Request, *, model: str | None, dtype: str, device: st
     from saelab.interp.patch_sites import Granularity, check_word
     from saelab.interp.patching import Direction, Method
     from saelab.interp.replacements import Ablation
-    from saelab.models.load import load_model
-    from saelab.sae.io import load_sae
 
     check_word(request.at, Granularity, "--at")
     check_word(request.method, Method, "--method")
     check_word(request.direction, Direction, "--direction")
     if request.ablate is not None:
         check_word(request.ablate, Ablation, "--ablate")
-    sae = None if request.sae is None else load_sae(request.sae)
-    if sae is not None and model is None:
-        loaded = model_of(sae, device=device, dtype=dtype)
-    else:
-        loaded = load_model(model or "demo", device=device, dtype=dtype)
-    if sae is not None:
-        sae = sae.to(loaded.device)
+    loaded, sae = model_and_sae(model, request.sae, device=device, dtype=dtype)
     metric = metric_of(request.metric, loaded, request.clean, answer=request.answer, wrong=request.wrong)
     features = () if sae is None else _features(request, loaded, sae, metric)
     with progress_bar("patch") as progress:

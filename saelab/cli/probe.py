@@ -11,7 +11,7 @@ import typer
 
 from saelab import atomic
 from saelab.cli.console import AsJson, ConfigFile, Device, Overrides, PrintConfig, emit, progress_bar, say, table
-from saelab.cli.inputs import model_of
+from saelab.cli.inputs import model_and_sae
 from saelab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -140,21 +140,12 @@ def run_probes(
     from saelab.interp.probe_data import read_probe_texts
     from saelab.interp.probe_report import to_json
     from saelab.interp.probes import probe as probe_texts
-    from saelab.models.load import load_model
-    from saelab.sae.io import load_sae
 
     if out is not None:
         rundir.check_replaceable(out, "probe")
     data = read_probe_texts(source, seed=config.seed)
     sae_path = None if sae is None else rundir.find(sae, "sae")
-    loaded_sae = None if sae_path is None else load_sae(sae_path)
-    if model is not None:
-        loaded = load_model(model, device=device)
-    else:
-        assert loaded_sae is not None
-        loaded = model_of(loaded_sae, device=device)
-    if loaded_sae is not None:
-        loaded_sae = loaded_sae.to(loaded.device)
+    loaded, loaded_sae = model_and_sae(model, sae_path, device=device)
     at = list(dict.fromkeys(name for pattern in hooks for name in hooks_like(loaded, pattern)))
     if loaded_sae is not None and not at:
         at = [loaded_sae.metadata.hook_name]

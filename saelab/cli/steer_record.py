@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saelab import atomic
-from saelab.cli.console import progress_bar, say, table
+from saelab.cli.console import progress_bar, say, table, written
 from saelab.cli.inputs import model_of, opened
 from saelab.errors import ConfigError
 
@@ -131,7 +130,8 @@ def _run_with_baselines(
     result |= {
         "baselines": to_json(measured, {i: index.label(i).text for i in tokens}, kl=settings.kl, seed=settings.seed)
     }
-    _publish(out, result, config, parents, {"md": markdown(result), "html": html(result)})
+    texts = {"report.md": markdown(result), "report.html": html(result)}
+    rundir.replace_result(out, result, stage="steer", config=config, parents=parents, texts=texts)
     kept.discard()
     say(f"written to {out}; to read: {out / 'report.html'}")
     return result
@@ -154,13 +154,8 @@ def as_text(result: dict[str, Any]) -> str:
     """The record as a table, and the verdicts if baselines were measured."""
     from saelab.evals.steering_page import sections
 
-    parts = [as_table(result)]
-    if "baselines" in result:
-        for section in list(sections(result))[:2]:
-            parts.append(section.title.upper())
-            parts += [table(content.rows, header=content.header) for content in section.tables]
-            parts += section.sentences
-    return "\n\n".join(parts)
+    verdicts = written(list(sections(result))[:2]) if "baselines" in result else []
+    return "\n\n".join([as_table(result), *verdicts])
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -183,17 +178,3 @@ def as_table(result: dict[str, Any]) -> str:
         f"over {len(rows)} features and "
         f"{result['n_prompts']} prompts, against {len(result['random_strengths'])} random directions at the same KL"
     )
-
-
-def _publish(
-    out: Path, result: dict[str, Any], config: dict[str, Any], parents: dict[str, Path], reports: dict[str, str]
-) -> None:
-    """The stage directory in the place of an older one: steer.json, and report.* to read."""
-    from saelab import rundir
-
-    with atomic.replacing_directory(out) as folder:
-        writer = rundir.StageWriter.create(folder, stage="steer", config=config, parents=parents)
-        atomic.write_json(folder / rundir.STAGES["steer"], result)
-        for ending, text in reports.items():
-            atomic.write_bytes(folder / f"report.{ending}", text.encode())
-        writer.finish()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saelab.cli.console import emit, human_bytes, need_memory, progress_bar, say, table
+from saelab.cli.inputs import model_of_store
 from saelab.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -168,28 +169,22 @@ def evaluate_sweep(
     Raises:
         ArtifactError: no member is finished, or the activations are another model's.
     """
-    from saelab import atomic, rundir
     from saelab import config as configs
+    from saelab import rundir
     from saelab.evals.members import as_rows, evaluate_members, members_html, members_markdown, sentences, to_json
-    from saelab.models.load import load_model
     from saelab.sae.io import load_sae
 
     out = out or sweep / "eval"
     rundir.check_replaceable(out, "members")
     paths = rundir.find_all(sweep, "sae")
-    model = load_model(store.manifest.model.name, device=device)
-    store.check_model(model.weights_sha256)
+    model = model_of_store(store, device=device)
     saes = {path.name: load_sae(path).to(model.device) for path in paths}
     with progress_bar("eval") as progress:
         results = evaluate_members(saes, store, model, config, progress=progress)
     result = to_json(results, config)
     parents = {path.name: path for path in paths} | {"activations": store.path}
-    with atomic.replacing_directory(out) as folder:
-        writer = rundir.StageWriter.create(folder, stage="members", config=configs.to_mapping(config), parents=parents)
-        atomic.write_json(folder / rundir.STAGES["members"], result)
-        atomic.write_bytes(folder / "report.md", members_markdown(results).encode())
-        atomic.write_bytes(folder / "report.html", members_html(results).encode())
-        writer.finish()
+    texts = {"report.md": members_markdown(results), "report.html": members_html(results)}
+    rundir.replace_result(out, result, stage="members", config=configs.to_mapping(config), parents=parents, texts=texts)
     if json:
         emit({"path": str(sweep), **result})
     else:
