@@ -286,7 +286,7 @@ def _report(found: _Found, *, out: Path | None, json: bool) -> None:
 def as_table(grid: PatchGrid, n: int = 12) -> str:
     """The cells of largest effect."""
     n_columns = len(grid.columns)
-    shares = None if grid.target in (None, grid.base) else grid.shares.flatten()
+    shares = grid.shares.flatten() if grid.has_shares else None
     effects = grid.effects.flatten()
     order = effects.abs().argsort(descending=True, stable=True)[:n].tolist()
     rows = [

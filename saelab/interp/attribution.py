@@ -30,10 +30,10 @@ from saelab.interp.feature_gradients import (
     metric_values,
     recomposed,
     replacing,
-    runs_at_once,
     straight_path,
 )
 from saelab.interp.patch_metrics import Metric
+from saelab.interp.patch_runs import rows_at_once
 from saelab.interp.prompt_pairs import prompt_pair
 from saelab.models.load import Model
 from saelab.sae.base import SAE
@@ -191,7 +191,7 @@ def path_gradient(
         ConfigError: the metric has no gradient.
     """
     total = torch.zeros_like(path[0])
-    for part in path.split(runs_at_once(len(ids))):
+    for part in path.split(rows_at_once(len(ids))):
         rows = ids.expand(len(part), -1)
         under = [(hook_name, replacing(part)), *holding(frozen, runs=len(part))]
         total += len(part) / len(path) * gradients(model, rows, [hook_name], metric, under=under)[hook_name]

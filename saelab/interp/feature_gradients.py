@@ -19,12 +19,9 @@ from torch import Tensor
 
 from saelab.errors import ConfigError, ShapeError
 from saelab.interp.patch_metrics import Metric
-from saelab.interp.patch_runs import measured
+from saelab.interp.patch_runs import measured, rows_at_once
 from saelab.models.load import EditFn, Model
 from saelab.sae.base import SAE
-
-#: Tokens of all runs in one forward pass: bounds the memory that logits and their gradients take.
-_TOKENS_AT_ONCE = 512
 
 #: Several values a run of what it makes at a later hook: ``fn(acts [runs, seq, d]) -> [runs, readouts]``.
 Readout = Callable[[Float[Tensor, "runs seq d_model"]], Float[Tensor, "runs readouts"]]
@@ -102,7 +99,7 @@ def metric_values(
         ConfigError: it is not finite.
     """
     values = []
-    for part in acts.split(runs_at_once(len(ids))):
+    for part in acts.split(rows_at_once(len(ids))):
         with model.edit(hook_name, replacing(part)):
             values.append(measured(metric, model.logits(ids.expand(len(part), -1))))
     return torch.cat(values)
@@ -123,7 +120,7 @@ def mean_readout_gradients(
     What passes through ``frozen`` hooks between the two does not count.
     """
     totals: Tensor | float = 0.0
-    for part in acts.split(runs_at_once(len(ids))):
+    for part in acts.split(rows_at_once(len(ids))):
         leaf = part.detach().requires_grad_()
         seen: list[Tensor] = []
 
@@ -156,8 +153,3 @@ def holding(frozen: Held | None, *, runs: int) -> list[tuple[str, EditFn]]:
 def _gradient(values: Float[Tensor, " runs"], leaf: Float[Tensor, "runs seq d_model"]) -> Tensor:
     (gradient,) = torch.autograd.grad(values.sum(), leaf, retain_graph=True, materialize_grads=True)
     return gradient
-
-
-def runs_at_once(seq: int) -> int:
-    """Rows of a forward pass on a text of ``seq`` tokens."""
-    return max(1, _TOKENS_AT_ONCE // seq)

@@ -19,7 +19,8 @@ from torch import Tensor
 from saelab.errors import ConfigError, ShapeError
 from saelab.interp.feature_gradients import hook_of
 from saelab.interp.tuned_lens import TunedLens
-from saelab.interp.unembedding import Unembedding, lens_kl, residual_hooks, token_blocks
+from saelab.interp.unembedding import Unembedding, residual_hooks, token_blocks
+from saelab.models.divergence import kl_divergence
 from saelab.models.hooks import canonical_hook_name, layer_of
 from saelab.models.load import Model
 from saelab.sae.base import SAE
@@ -157,7 +158,7 @@ def _cells(
     lens_logps = lens_logits.log_softmax(-1)
     best = lens_logps.topk(top)
     next_logps = lens_logps.gather(1, following[:, None])[:, 0]
-    return _Cells(best.indices, best.values.exp(), lens_kl(logps, lens_logits), next_logps)
+    return _Cells(best.indices, best.values.exp(), kl_divergence(logps, lens_logps), next_logps)
 
 
 def _kind(tuned: TunedLens | None) -> str:

@@ -46,7 +46,7 @@ def check_suffix(path: Path) -> None:
 
 def as_json(grid: PatchGrid) -> dict[str, Any]:
     """Everything about the grid; ``shares`` are null where they are not defined (see `PatchGrid.shares`)."""
-    shared = _has_shares(grid)
+    shared = grid.has_shares
     return {
         "at": grid.at,
         "kind": grid.kind,
@@ -65,7 +65,7 @@ def as_json(grid: PatchGrid) -> dict[str, Any]:
 
 def picture_of(grid: PatchGrid) -> Picture:
     """The heat map of the shares, or of the effects where there are none."""
-    shared = _has_shares(grid)
+    shared = grid.has_shares
     return heat_map(
         grid.shares if shared else grid.effects,
         rows=grid.rows,
@@ -86,10 +86,6 @@ def sentences(grid: PatchGrid) -> list[str]:
         f"{grid.metric} on {text!r}, which is run: {grid.base:.4g}; on {other!r}, whose values are put in: "
         f"{grid.target:.4g}."
     ]
-
-
-def _has_shares(grid: PatchGrid) -> bool:
-    return grid.target is not None and grid.target != grid.base
 
 
 def _page(grid: PatchGrid, picture: Picture) -> str:

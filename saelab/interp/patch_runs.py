@@ -18,11 +18,11 @@ Progress = Callable[[int, int, str], None]
 #: A site, and what is put there: [seq, width], or [seq] for the activation of a feature.
 Change = tuple[Site, Tensor]
 
-#: Tokens of all runs in one forward pass by default: bounds the memory that logits take.
+#: Tokens of all runs in one forward pass by default: bounds the memory that logits and their gradients take.
 _TOKENS_AT_ONCE = 512
 
 
-def rows_at_once(seq: int, batch_size: int | None) -> int:
+def rows_at_once(seq: int, batch_size: int | None = None) -> int:
     """Runs of a text of ``seq`` tokens in one forward pass: ``batch_size``, or as many as memory is meant to hold.
 
     Raises:

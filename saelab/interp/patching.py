@@ -63,13 +63,18 @@ class PatchGrid:
     """The text whose values were put in; empty for an ablation."""
 
     @property
+    def has_shares(self) -> bool:
+        """Whether there is a target, and it is elsewhere than the run is already."""
+        return self.target is not None and self.target != self.base
+
+    @property
     def shares(self) -> Float[Tensor, "rows columns"]:
         """``effects / (target - base)``: 0 where a cell does nothing, 1 where it does what replacing everything does.
 
         Raises:
             ConfigError: there is no target, or it is where the run is already, so that there is nothing to share.
         """
-        if self.target is None or self.target == self.base:
+        if self.target is None or not self.has_shares:
             raise ConfigError(
                 f"the {self.metric} goes from {self.base:.4g} to {self.target}, so effects have no shares; read effects"
             )
@@ -113,6 +118,7 @@ def patch(
     tokens = tuple(model.str_tokens(ids[0]))
     grid = cells(model, at, tokens, layers=layers, positions=positions, features=features)
     source = from_run(model, source_ids, _sites(grid))
+    base = _value(model, ids, metric)
     if method == "ig_inputs":
 
         def estimate(sites: Sequence[Site], base: Values, values: Values) -> Float[Tensor, " sites"]:
@@ -121,13 +127,22 @@ def patch(
         effects = _estimated(model, ids, grid, [source], estimate)
     else:
         effects = _effects(
-            model, ids, grid, [source], metric, method=method, steps=steps, batch_size=batch_size, progress=progress
+            model,
+            ids,
+            grid,
+            [source],
+            metric,
+            base=base,
+            method=method,
+            steps=steps,
+            batch_size=batch_size,
+            progress=progress,
         )
     return PatchGrid(
         effects=effects.reshape(len(grid.rows), len(grid.columns)).cpu(),
         rows=grid.rows,
         columns=grid.columns,
-        base=_value(model, ids, metric),
+        base=base,
         target=_value(model, source_ids, metric),
         at=at,
         kind=direction,
@@ -171,14 +186,24 @@ def ablate(
     tokens = tuple(model.str_tokens(ids[0]))
     grid = cells(model, at, tokens, layers=layers, positions=positions, features=features)
     sources = ablations(model, ids, _sites(grid), by=by, texts=texts, n_draws=n_draws, seed=seed)
+    base = _value(model, ids, metric)
     effects = _effects(
-        model, ids, grid, sources, metric, method=method, steps=steps, batch_size=batch_size, progress=progress
+        model,
+        ids,
+        grid,
+        sources,
+        metric,
+        base=base,
+        method=method,
+        steps=steps,
+        batch_size=batch_size,
+        progress=progress,
     )
     return PatchGrid(
         effects=effects.reshape(len(grid.rows), len(grid.columns)).cpu(),
         rows=grid.rows,
         columns=grid.columns,
-        base=_value(model, ids, metric),
+        base=base,
         target=None,
         at=at,
         kind=by,
@@ -222,17 +247,18 @@ def _effects(
     sources: Sequence[Values],
     metric: Metric,
     *,
+    base: float,
     method: str,
     steps: int,
     batch_size: int | None,
     progress: Progress | None,
 ) -> Float[Tensor, " cells"]:
-    """Effect of each cell, row by row; the mean over ``sources``."""
+    """Effect of each cell on a metric that is ``base`` without it, row by row; the mean over ``sources``."""
     if method == "exact":
         patches = [patched for row in grid.sites for patched in row]
         rows = [[(site, values[site.key]) for site in patched] for values in sources for patched in patches]
         found = run_patched(model, ids, rows, metric, batch_size=batch_size, progress=progress)
-        return found.view(len(sources), len(patches)).mean(0) - _value(model, ids, metric)
+        return found.view(len(sources), len(patches)).mean(0) - base
 
     def estimate(sites: Sequence[Site], base: Values, values: Values) -> Float[Tensor, " sites"]:
         if method == "attribution":

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import ConfigError
+from saelab.models.divergence import kl_divergence
 from saelab.models.load import Model
 
 #: Largest difference from the model's own logits, as a share of the largest of these, by the model's precision.
@@ -130,7 +131,7 @@ def lens_kl(
     logps: Float[Tensor, "tokens d_vocab"], lens_logits: Float[Tensor, "tokens d_vocab"]
 ) -> Float[Tensor, " tokens"]:
     """KL(model || lens) in nats of the next-token distributions, from log-probabilities and logits; 0 is the best."""
-    return (logps.exp() * (logps - lens_logits.log_softmax(-1))).sum(-1)
+    return kl_divergence(logps, lens_logits.log_softmax(-1))
 
 
 def token_blocks(n_tokens: int, d_vocab: int) -> Iterator[slice]:
