@@ -14,9 +14,9 @@ from saelab.errors import ConfigError
 if TYPE_CHECKING:
     from saelab.interp.attribution import Attribution
     from saelab.interp.attribution_graph import AttributionGraph
-    from saelab.interp.attribution_plot import Page
     from saelab.interp.faithfulness import CurvePoint, Curves
     from saelab.interp.patch_metrics import Metric
+    from saelab.interp.picture_page import Page
     from saelab.models.load import Model
     from saelab.sae.base import SAE
 
@@ -65,7 +65,7 @@ def attribute(
     With several SAEs: a graph of how the features of one layer make those of the next. With --pairs: how much of the
     effect the top features recover, put into the corrupt text's run and taken out of the clean one's.
     """
-    from saelab.interp import attribution_plot
+    from saelab.interp.picture_page import check_suffix, write_page
 
     if (text is None) == (pairs is None):
         raise ConfigError("attribute needs --text with --answer, or --pairs, and not both; give one of them")
@@ -76,7 +76,7 @@ def attribute(
             "--pairs bring texts, answers and baselines with them and go with one SAE; leave out the rest"
         )
     if out is not None:
-        attribution_plot.check_suffix(out)
+        check_suffix(out)
         if out.suffix == ".png" and (pairs is not None or len(runs) > 1):
             raise ConfigError(f"{out} would be a PNG, but graphs and curves are drawn as .svg or .html; end it in one")
     saes, model = _opened(runs, device=device, dtype=dtype)
@@ -98,7 +98,7 @@ def attribute(
             edges=edges,
             steps=steps,
         )
-    files = [] if out is None else attribution_plot.write_page(page, out)
+    files = [] if out is None else write_page(page, out)
     if json:
         emit({**page.numbers, "files": [str(file) for file in files]})
         return

@@ -110,9 +110,9 @@ def lens(
     if (sae is None) == bool(feature) and not (logit and sae is not None):
         raise ConfigError("--sae goes with --feature (which needs it) or with --logit; add or leave out")
     if out is not None:
-        from saelab.interp.lens_plot import check_suffix
+        from saelab.interp.picture_page import check_suffix
 
-        check_suffix(out)
+        check_suffix(out, numbers=False)
     loaded, found_sae = model_and_sae(model, sae, dtype=dtype or "float32", device=device)
     if logit:
         _attribute(loaded, str(prompt), found_sae, answer, wrong, position, heads=heads, json=json)

@@ -112,7 +112,7 @@ def patch(
     if to and method != "exact":
         raise ConfigError(f"--to is patched exactly, not by {method}; leave out --method")
     if out is not None:
-        from saelab.interp.patch_plot import check_suffix
+        from saelab.interp.picture_page import check_suffix
 
         check_suffix(out)
     request = _Request(

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from saelab import atomic
-from saelab.errors import ConfigError
 from saelab.interp.attribution import Attribution
 from saelab.interp.attribution_graph import METRIC, AttributionGraph, GraphNode
 from saelab.interp.faithfulness import CurvePoint, Curves
-from saelab.interp.heat_map import Picture, heat_map, png, svg
+from saelab.interp.heat_map import Picture, heat_map, svg
+from saelab.interp.picture_page import Page
 from saelab.stats import Interval
-
-#: Files that can be written; a PNG is drawn of the heat map only.
-SUFFIXES = (".html", ".svg", ".png", ".json")
 
 #: Told apart by colour-blind eyes as well (Okabe and Ito).
 _CHOICES = {"attribution": "#0072b2", "largest": "#e69f00", "random": "#777777"}
@@ -28,45 +23,6 @@ _PANEL, _HEIGHT, _LEFT, _TOP, _BOTTOM = 330, 270, 46, 30, 42
 Place = Callable[[float], float]
 
 
-class Page(NamedTuple):
-    """A result in every form a file can have: the numbers, one or more SVG elements, and what to say of them."""
-
-    title: str
-    numbers: dict[str, Any]
-    pictures: tuple[str, ...]
-    sentences: tuple[str, ...]
-    picture: Picture | None = None  # what a PNG is drawn of
-
-
-def check_suffix(path: Path) -> None:
-    """Raise ConfigError unless the ending of ``path`` says what to write."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path} ends in {path.suffix or 'nothing'}; end it in {', '.join(SUFFIXES)}")
-
-
-def write_page(page: Page, path: Path) -> list[Path]:
-    """Write ``page`` in the form that the ending says, and beside a picture the numbers as JSON; the files written.
-
-    Raises:
-        ConfigError: an unknown ending, or a PNG of what is drawn as SVG only.
-        ArtifactError: the disk is full or not writable.
-    """
-    check_suffix(path)
-    if path.suffix == ".png" and page.picture is None:
-        raise ConfigError(f"{path} would be a PNG, but graphs and curves are drawn as .svg or .html; end it in one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = path.with_suffix(".json")
-    atomic.write_json(numbers, page.numbers)
-    match path.suffix:
-        case ".png" if page.picture is not None:
-            atomic.write_bytes(path, png(page.picture))
-        case ".svg":
-            atomic.write_bytes(path, page.pictures[0].encode())
-        case ".html":
-            atomic.write_bytes(path, _html(page).encode())
-    return [numbers] if path == numbers else [path, numbers]
-
-
 # --- one layer
 
 
@@ -74,14 +30,15 @@ def attribution_page(found: Attribution, *, metric: str, n: int = 20) -> Page:
     """The ``n`` features of largest attribution, each with its tokens, and the error below them."""
     picture = feature_map(found, metric=metric, n=n)
     return Page(
-        f"Attribution at {found.hook_name}",
-        attribution_json(found, metric=metric, n=n),
-        (svg(picture),),
-        (
+        verb="attribute",
+        title=f"Attribution at {found.hook_name}",
+        sentences=(
             f"{metric}: {found.clean_value:.4g} on the text, {found.baseline_value:.4g} with the baseline's "
             f"activations at {found.hook_name}. The attributions add up to the difference but for {found.gap:+.3g}.",
         ),
-        picture,
+        pictures=(svg(picture),),
+        picture=picture,
+        numbers=attribution_json(found, metric=metric, n=n),
     )
 
 
@@ -121,14 +78,16 @@ def attribution_json(found: Attribution, *, metric: str, n: int) -> dict[str, An
 def graph_page(graph: AttributionGraph, *, metric: str) -> Page:
     last = graph.layers[-1]
     return Page(
-        "Attribution graph",
-        {"metric": metric, **graph.as_json()},
-        (graph_svg(graph, metric=metric),),
-        (
+        verb="attribute",
+        title="Attribution graph",
+        sentences=(
             f"{metric}: {last.clean_value:.4g} on the text, {last.baseline_value:.4g} with the baseline's activations "
             f"at {last.hook_name}. Columns are tokens, rows are layers, the last below the metric; blue moves the "
             "metric up, orange down, and a line is as thick as its edge is strong.",
         ),
+        pictures=(graph_svg(graph, metric=metric),),
+        picture=None,
+        numbers={"metric": metric, **graph.as_json()},
     )
 
 
@@ -190,13 +149,15 @@ def _node(node: GraphNode, x: float, y: float, *, token: str) -> str:
 def curves_page(curves: Curves, *, metric: str) -> Page:
     shares = " and ".join(f"{i.value:.2f} ({i.low:.2f} to {i.high:.2f})" for i in curves.all_features)
     return Page(
-        "What the features recover",
-        curves_json(curves, metric=metric),
-        (curves_svg(curves),),
-        (
+        verb="attribute",
+        title="What the features recover",
+        sentences=(
             f"Shares of the effect on the {metric} over {curves.n_texts} texts, with 95 % bootstrap intervals over "
             f"texts. All features together, without the error, recover {shares} when put in and when taken out.",
         ),
+        pictures=(curves_svg(curves),),
+        picture=None,
+        numbers=curves_json(curves, metric=metric),
     )
 
 
@@ -283,17 +244,6 @@ def _svg(width: float | int, height: float | int, title: str, parts: Sequence[st
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'height="{height:.0f}" role="img" aria-label="{_text(title)}">'
         f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>{"".join(parts)}</svg>\n'
-    )
-
-
-def _html(page: Page) -> str:
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in page.sentences)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>saelab attribute: {escape(page.title)}'
-        '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<style>:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; "
-        "overflow-wrap: anywhere; } svg { max-width: 100%; height: auto; }</style></head>"
-        f"<body><h1>{escape(page.title)}</h1>{sentences}{''.join(page.pictures)}</body></html>\n"
     )
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
-from saelab import atomic
-from saelab.errors import ConfigError
-from saelab.interp.heat_map import Box, Picture, Word, colour_of, png, svg
+from saelab.interp.heat_map import Box, Picture, Word, colour_of, svg
 from saelab.interp.lens import LensReading
+from saelab.interp.picture_page import Page, write_page
 from saelab.models.hooks import layer_of
-
-SUFFIXES = (".png", ".svg", ".html")
 
 _CELL_WIDTH, _CELL_HEIGHT, _PAD, _LETTER, _LONGEST = 66, 18, 14, 7, 9
 _PAPER, _INK = (255, 255, 255), (28, 36, 48)
@@ -24,24 +20,10 @@ def write_reading(reading: LensReading, path: Path) -> None:
     """Write the heat map to ``path`` in the form that its ending names.
 
     Raises:
-        ConfigError: the ending is not one of `SUFFIXES`. ArtifactError: the disk is full or not writable.
+        ConfigError: the ending names no picture. ArtifactError: the disk is full or not writable.
     """
-    check_suffix(path)
-    picture = picture_of(reading)
-    match path.suffix:
-        case ".png":
-            data = png(picture)
-        case ".svg":
-            data = svg(picture).encode()
-        case _:
-            data = _page(reading, picture).encode()
-    atomic.write_bytes(path, data)
-
-
-def check_suffix(path: Path) -> None:
-    """Raise ConfigError unless the ending of ``path`` says what to draw."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{path} ends in {path.suffix or 'nothing'}; end it in {', '.join(SUFFIXES)}")
+    picture, text = picture_of(reading), "".join(reading.tokens[1:])
+    write_page(Page("lens", reading.kind, (text,), (svg(picture),), picture, numbers={}, wide=True), path)
 
 
 def picture_of(reading: LensReading) -> Picture:
@@ -83,14 +65,3 @@ def _hint(reading: LensReading, hook: str, row: int, column: int) -> str:
 def _shortened(token: str) -> str:
     shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "\u2026"
-
-
-def _page(reading: LensReading, picture: Picture) -> str:
-    text = "".join(reading.tokens[1:])
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>saelab lens</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<style>:root { color-scheme: light dark; } body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }"
-        " div { overflow-x: auto; } p { overflow-wrap: anywhere; }</style></head>"
-        f"<body><h1>{escape(reading.kind)}</h1><p>{escape(text)}</p><div>{svg(picture)}</div></body></html>\n"
-    )
