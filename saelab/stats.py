@@ -37,7 +37,13 @@ def bootstrap(
         ValueError: no clusters.
     """
     value = float(_total(statistic, sums)[0])
-    return _interval(value, resampled(statistic, sums, draws=draws, seed=seed))
+    return percentile_interval(value, resampled(statistic, sums, draws=draws, seed=seed))
+
+
+def percentile_interval(value: float, resamples: Float[np.ndarray, " draws"]) -> Interval:
+    """``value`` with the interval that holds the middle 95 % of what its resamples give."""
+    low, high = np.quantile(resamples, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
 
 
 def ratio(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " draws"]:
@@ -84,7 +90,7 @@ def bootstrap_mean(
     value = float(np.mean([_total(statistic, sums)[0] for sums in strata]))
     seeds = range(seed * len(strata), (seed + 1) * len(strata))
     resamples = [resampled(statistic, s, draws=draws, seed=i) for s, i in zip(strata, seeds, strict=True)]
-    return _interval(value, np.mean(resamples, axis=0))
+    return percentile_interval(value, np.mean(resamples, axis=0))
 
 
 def bootstrap_difference(
@@ -109,7 +115,7 @@ def bootstrap_difference(
     value = float(_total(statistic, first)[0] - _total(statistic, second)[0])
     ours = resampled(statistic, first, draws=draws, seed=seed)
     theirs = resampled(statistic, second, draws=draws, seed=seed if paired else seed + 1)
-    return _interval(value, ours - theirs)
+    return percentile_interval(value, ours - theirs)
 
 
 def resampled(
@@ -150,8 +156,3 @@ def _total(statistic: Statistic, sums: Float[np.ndarray, "clusters columns"]) ->
     if len(sums) == 0:
         raise ValueError("bootstrap needs at least one cluster, got none")
     return statistic(sums.sum(0, keepdims=True))
-
-
-def _interval(value: float, resamples: Float[np.ndarray, " draws"]) -> Interval:
-    low, high = np.quantile(resamples, [0.025, 0.975])
-    return Interval(value, float(low), float(high))

@@ -28,11 +28,11 @@ from saelab import config as configs
 from saelab import rundir
 from saelab.activations.capture import read_activations
 from saelab.activations.store import ActivationStore
-from saelab.errors import ConfigError, Interrupted
+from saelab.errors import ArtifactError, ConfigError, Interrupted
 from saelab.evals.baselines import spread
 from saelab.evals.fitting import RowBatches
 from saelab.evals.piece import Piece, Score
-from saelab.evals.reconstruction import explained, variance_sums
+from saelab.evals.reconstruction import explained, hooks, variance_sums
 from saelab.models.load import Model, load_model
 from saelab.sae.base import SAE, Metadata
 from saelab.sae.io import load_sae
@@ -160,6 +160,18 @@ def training_of(sae_path: Path, store: ActivationStore, config: ControlsConfig) 
     hook_name = settings.hook_name or store.hook_names[0]
     tokens = min(settings.tokens, config.training_tokens)
     return replace(settings, hook_name=hook_name, tokens=max(tokens, settings.batch_size), live=None, log_to=())
+
+
+def why_no_control(sae: SAE, sae_path: Path, store: ActivationStore, config: ControlsConfig) -> str | None:
+    """Why the SAE cannot be trained again on other activations; None if it can."""
+    read, written = hooks(sae)
+    if read != written:
+        return "a transcoder's training is not repeated on a model with random weights"
+    try:
+        training_of(sae_path, store, config)
+    except (ConfigError, ArtifactError) as error:
+        return str(error)
+    return None
 
 
 class Quality(NamedTuple):

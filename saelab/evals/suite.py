@@ -23,7 +23,6 @@ from torch import Tensor
 from saelab import config as configs
 from saelab import rundir
 from saelab.activations.store import ActivationStore
-from saelab.errors import ArtifactError, ConfigError
 from saelab.evals import reconstruction
 from saelab.evals.absorption import AbsorptionConfig, first_letters
 from saelab.evals.baselines import baselines
@@ -36,7 +35,7 @@ from saelab.evals.controls import (
     random_weights_control,
     randomised,
     shuffled_control,
-    training_of,
+    why_no_control,
 )
 from saelab.evals.kept import KeptPieces
 from saelab.evals.meta import MetaConfig, meta_structure
@@ -206,13 +205,7 @@ class _Bench:
     @functools.cached_property
     def no_control(self) -> str | None:
         """Why the SAE cannot be trained again on other activations; None if it can."""
-        if not self.is_plain:
-            return "a transcoder's training is not repeated on a model with random weights"
-        try:
-            training_of(self.run.path, self.store, self.config.controls)
-        except (ConfigError, ArtifactError) as error:
-            return str(error)
-        return None
+        return why_no_control(self.sae, self.run.path, self.store, self.config.controls)
 
     @functools.cached_property
     def random_model(self) -> Model:

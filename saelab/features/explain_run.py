@@ -14,17 +14,16 @@ import numpy as np
 from saelab import config as configs
 from saelab import rundir
 from saelab.activations.store import ActivationStore
-from saelab.errors import ArtifactError, ConfigError
-from saelab.evals.controls import ControlsConfig, random_weights_control, randomised, training_of
+from saelab.errors import ConfigError
+from saelab.evals.controls import ControlsConfig, random_weights_control, randomised, why_no_control
 from saelab.evals.kept import KeptPieces
-from saelab.evals.reconstruction import hooks
 from saelab.features.build import corpus_of
 from saelab.features.codes import by_feature
 from saelab.features.explain import Explained, all_explainers, explain_block
 from saelab.features.explain_scores import Referees, ScoresConfig, drawn_for, score_feature
 from saelab.features.explain_sides import ReadAnew, Scanned, Side, promoted_tokens, scanned, token_share
 from saelab.features.explain_summary import scorable
-from saelab.features.explainers.interface import Fired, firings_of
+from saelab.features.explainers.interface import Firings, firings_of
 from saelab.features.explainers.text import Text, text_of
 from saelab.features.label import CLEAR
 from saelab.features.scan import Progress
@@ -109,14 +108,7 @@ class ExplainRun:
         """Why there is no control; None if there is one."""
         if not self.config.control:
             return "it was not asked for"
-        read, written = hooks(self.own.sae)
-        if read != written:
-            return "a transcoder's training is not repeated on a model with random weights"
-        try:
-            training_of(self.sae_path, self.store, self.config.controls)
-        except (ConfigError, ArtifactError) as error:
-            return str(error)
-        return None
+        return why_no_control(self.own.sae, self.sae_path, self.store, self.config.controls)
 
     @functools.cached_property
     def control(self) -> Side:
@@ -153,8 +145,7 @@ class ExplainRun:
         )  # costly, and not needed where all blocks are kept
 
         def explain(low: int, high: int) -> dict[str, Any]:
-            pairs = by_feature(found.codes, low, high)
-            firings = firings_of(pairs, found.max[low:high], first=low, clear=self.config.clear)
+            firings = self.firings(found, low, high)
             return {"features": [each.to_json() for each in explain_block(explainers(), firings, self.text)]}
 
         everything: list[Explained] = []
@@ -174,9 +165,7 @@ class ExplainRun:
             ConfigError: it does not clearly fire in this text.
         """
         side = self.own
-        found = self.scanned(side)
-        pairs = by_feature(found.codes, feature, feature + 1)
-        firings = firings_of(pairs, found.max[feature : feature + 1], first=feature, clear=self.config.clear)
+        firings = self.firings(self.scanned(side), feature, feature + 1)
         explainers = all_explainers(self.text, promoted_tokens(side), seed=self.config.seed)
         explained = explain_block(explainers, firings, self.text)
         if not explained:
@@ -206,7 +195,8 @@ class ExplainRun:
             for done, each in enumerate(chosen, start=1):
 
                 def make(each: Explained = each) -> dict[str, float]:
-                    drawn = drawn_for(self.fired(found, each.feature), self.text, config.texts, seed=each.feature)
+                    fired = self.firings(found, each.feature, each.feature + 1).of(0)
+                    drawn = drawn_for(fired, self.text, config.texts, seed=each.feature)
                     return score_feature(side, each, drawn, referees, self.own.model, config)
 
                 name = f"{side.name.replace(' ', '-')}-scores-{each.feature:06d}"
@@ -215,10 +205,10 @@ class ExplainRun:
                 progress(done, len(chosen), f"features, {side.name}")
         return scores
 
-    def fired(self, found: Scanned, feature: int) -> Fired:
-        """Where one feature fires."""
-        pairs = by_feature(found.codes, feature, feature + 1)
-        return firings_of(pairs, found.max[feature : feature + 1], first=feature, clear=self.config.clear).of(0)
+    def firings(self, found: Scanned, low: int, high: int) -> Firings:
+        """Where the features from ``low`` to below ``high`` fire."""
+        pairs = by_feature(found.codes, low, high)
+        return firings_of(pairs, found.max[low:high], first=low, clear=self.config.clear)
 
     def token_share(self, side: Side) -> float | None:
         """How much of the variance of a side's activations the token explains, on some rows spread over the text."""

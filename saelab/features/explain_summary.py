@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from saelab.features.explain import Candidate, Explained
-from saelab.stats import Interval
+from saelab.stats import Interval, percentile_interval
 
 MEASURES = ("precision", "recall", "f1")
 
@@ -68,7 +68,7 @@ def compare(
 
 def median_interval(of: Float[np.ndarray, " n"], *, draws: int, seed: int) -> Interval:
     """The median with its percentile bootstrap interval."""
-    return _interval(float(np.median(of)), _resampled_medians(of, draws=draws, seed=seed))
+    return percentile_interval(float(np.median(of)), _resampled_medians(of, draws=draws, seed=seed))
 
 
 def median_difference(
@@ -76,7 +76,7 @@ def median_difference(
 ) -> Interval:
     """Median of the first minus median of the second; both are resampled, independently of each other."""
     ours, theirs = (_resampled_medians(of, draws=draws, seed=s) for of, s in ((first, seed), (second, seed + 1)))
-    return _interval(float(np.median(first) - np.median(second)), ours - theirs)
+    return percentile_interval(float(np.median(first) - np.median(second)), ours - theirs)
 
 
 def by_firings(explained: Sequence[Explained], measure: str) -> list[tuple[int, float | None]]:
@@ -90,8 +90,3 @@ def by_firings(explained: Sequence[Explained], measure: str) -> list[tuple[int, 
 def _resampled_medians(of: Float[np.ndarray, " n"], *, draws: int, seed: int) -> Float[np.ndarray, " draws"]:
     rng = np.random.default_rng(seed)
     return np.array([np.median(of[rng.integers(0, len(of), len(of))]) for _ in range(draws)])
-
-
-def _interval(value: float, resamples: Float[np.ndarray, " draws"]) -> Interval:
-    low, high = np.quantile(resamples, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
