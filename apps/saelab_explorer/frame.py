@@ -15,6 +15,7 @@ import saelab as sl
 from saelab import rundir
 from saelab.errors import ArtifactError, ConfigError, nearest
 from saelab_explorer import address, snippets, theme
+from saelab_explorer.components.table import TableClick
 from saelab_explorer.launch import ROOT_VARIABLE, RUN_VARIABLE
 from saelab_explorer.runs import Run, find_runs
 
@@ -176,6 +177,15 @@ def go_to_feature(feature: int) -> None:
 def open_feature(feature: int, page: str = FEATURE) -> NoReturn:
     """Leave the page for a feature."""
     st.switch_page(page, query_params=address.feature_query(run().name, feature))
+
+
+def follow(clicked: TableClick) -> None:
+    """A click on a row of a table shows its feature on this page, a click on the number opens the feature."""
+    if clicked.open is not None:
+        open_feature(clicked.open)
+    if clicked.pick is not None:
+        change_address({"feature": str(clicked.pick)})
+        st.rerun()
 
 
 def _run_chosen() -> None:

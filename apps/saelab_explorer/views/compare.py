@@ -345,12 +345,7 @@ def _table(one: Side, other: Side, found: Pairing, feature: int | None) -> None:
         Column(f"Label in {other.dictionary.name}", "label", priority=2),
     )
     run = one.dictionary.run
-    clicked = feature_table(columns, rows, key="pair_table", run=run, pick=True, chosen=feature)
-    if clicked.open is not None:
-        frame.open_feature(clicked.open)
-    if clicked.pick is not None:
-        frame.change_address({"feature": str(clicked.pick)})
-        st.rerun()
+    frame.follow(feature_table(columns, rows, key="pair_table", run=run, pick=True, chosen=feature))
 
 
 show()

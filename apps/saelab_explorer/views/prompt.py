@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import streamlit as st
 
 import saelab as sl
 from saelab_explorer import frame, live, prompt_text, snippets
-from saelab_explorer.components.table import Column, FeatureRow, TableClick, feature_table
+from saelab_explorer.components.table import Column, FeatureRow, feature_table
 from saelab_explorer.components.tokens import TokenClick, TokenRow, token_strip
 from saelab_explorer.contrast import Contrast, Side, contrasted
 from saelab_explorer.figures import percent, plural
@@ -28,6 +28,8 @@ DENSE = 0.1
 Ranking = Literal["max", "sum", "count"]
 RANKINGS: dict[Ranking, str] = {"max": "strongest", "sum": "sum", "count": "tokens"}
 SIDES: dict[Side, str] = {"first": "more on first", "second": "more on second", "both": "on both"}
+
+Order = TypeVar("Order", Ranking, Side)
 
 #: Texts whose reading is remembered.
 N_READINGS = 4
@@ -133,45 +135,37 @@ def _read(ready: live.Live, text: str) -> Reading:
 def _ranked(index: sl.FeatureIndex, reading: Reading) -> list[int]:
     """The features of the text, best first, by the order and the filter that stand above the table."""
     snippets.draw(snippets.section("Features in this text"))
-    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-        by = st.segmented_control(
-            "Order by",
-            list(RANKINGS),
-            default="max",
-            format_func=RANKINGS.__getitem__,
-            key="ranking",
-            label_visibility="collapsed",
-            required=True,
-        )
-        max_density = _max_density()
-    hits = sl.rank_features(reading.codes, index, n=N_RANKED, by=by or "max", max_density=max_density)
+    by, max_density = _order_and_filter("Order by", RANKINGS, "max", key="ranking")
+    hits = sl.rank_features(reading.codes, index, n=N_RANKED, by=by, max_density=max_density)
     if not hits:
         why = "Only dense features fire on this text; switch off “Hide dense” to see them."
         snippets.draw(snippets.empty("No feature is left", why))
     return [hit.feature for hit in hits]
 
 
-def _max_density() -> float | None:
-    """The switch that hides features which fire on most texts, and what it lets through."""
-    only_rare = st.toggle("Hide dense", value=True, key="hide_dense", help=f"Those on over {percent(DENSE)} of tokens")
-    return DENSE if only_rare else None
+def _order_and_filter(title: str, names: Mapping[Order, str], first: Order, *, key: str) -> tuple[Order, float | None]:
+    """An order of features, and the largest density that the switch beside it lets through."""
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        chosen = st.segmented_control(
+            title,
+            list(names),
+            default=first,
+            format_func=names.__getitem__,
+            key=key,
+            label_visibility="collapsed",
+            required=True,
+        )
+        only_rare = st.toggle(
+            "Hide dense", value=True, key="hide_dense", help=f"Those on over {percent(DENSE)} of tokens"
+        )
+    return chosen or first, DENSE if only_rare else None
 
 
 def _contrasted(index: sl.FeatureIndex, first: Reading, second: Reading) -> Sequence[Contrast]:
     """The features that set two texts apart, by the order and the filter that stand above the table."""
     snippets.draw(snippets.section("Features of the two texts"))
-    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-        side = st.segmented_control(
-            "More on",
-            list(SIDES),
-            default="first",
-            format_func=SIDES.__getitem__,
-            key="side",
-            label_visibility="collapsed",
-            required=True,
-        )
-        max_density = _max_density()
-    found = contrasted(first.codes, second.codes, index, side=side or "first", n=N_RANKED, max_density=max_density)
+    side, max_density = _order_and_filter("More on", SIDES, "first", key="side")
+    found = contrasted(first.codes, second.codes, index, side=side, n=N_RANKED, max_density=max_density)
     if not found:
         why = "No feature fires more there; choose another order, or switch off “Hide dense”."
         snippets.draw(snippets.empty("No feature is left", why))
@@ -203,7 +197,7 @@ def _contrast_table(index: sl.FeatureIndex, contrasts: Sequence[Contrast], chose
         rows.append(FeatureRow(c.feature, (c.feature, label_cell(index, c.feature), *bars)))
     help = "Largest activation on the text; bars are shares of the feature's own maximum"
     columns = (*_NAMES, Column("First", "bar", help=help), Column("Second", "bar", help=help))
-    _follow(feature_table(columns, rows, key="contrast", run=frame.run().name, pick=True, chosen=chosen))
+    frame.follow(feature_table(columns, rows, key="contrast", run=frame.run().name, pick=True, chosen=chosen))
 
 
 def _coloured_text(index: sl.FeatureIndex, reading: Reading, feature: int) -> int:
@@ -245,7 +239,7 @@ def _at_token(index: sl.FeatureIndex, reading: Reading, token: int) -> None:
     strongest = max((act for _, act in active), default=1.0)
     rows = [_row(index, feature, share_cell(act / strongest, f"{act:.2f}")) for feature, act in active[:N_AT_TOKEN]]
     bar = Column("Activation", "bar", help="On this token; bars compare with the strongest feature here")
-    _follow(feature_table((*_NAMES, bar, _DENSITY), rows, key="at_token", run=frame.run().name, pick=True))
+    frame.follow(feature_table((*_NAMES, bar, _DENSITY), rows, key="at_token", run=frame.run().name, pick=True))
 
 
 def _features(index: sl.FeatureIndex, reading: Reading, ranked: list[int], chosen: int) -> None:
@@ -256,7 +250,7 @@ def _features(index: sl.FeatureIndex, reading: Reading, ranked: list[int], chose
     ]
     bar = Column("Activation", "bar", help="Largest on this text; bars are shares of each feature's own maximum")
     columns = (*_NAMES, bar, _DENSITY)
-    _follow(feature_table(columns, rows, key="in_text", run=frame.run().name, pick=True, chosen=chosen))
+    frame.follow(feature_table(columns, rows, key="in_text", run=frame.run().name, pick=True, chosen=chosen))
 
 
 _NAMES = (Column("Feature", "feature"), Column("Label", "label"))
@@ -266,15 +260,6 @@ _DENSITY = Column("Density", "number", priority=3, help="Share of all indexed to
 def _row(index: sl.FeatureIndex, feature: int, bar: object) -> FeatureRow:
     density = percent(float(index.column("density")[feature]))
     return FeatureRow(feature, (feature, label_cell(index, feature), bar, density))
-
-
-def _follow(clicked: TableClick) -> None:
-    """A click on a row colours the text by its feature, a click on the number opens the feature."""
-    if clicked.open is not None:
-        frame.open_feature(clicked.open)
-    if clicked.pick is not None:
-        frame.change_address({"feature": str(clicked.pick)})
-        st.rerun()
 
 
 show()

@@ -89,7 +89,7 @@ def _curves(names: Sequence[str], metrics: Sequence[str]) -> None:
     """Read anew by its own timer while a training writes."""
     known = logs.find_logs(frame.root())
     chosen = [known[name] for name in names if name in known]
-    lines = [_lines(str(log.path), (log.path / "metrics.jsonl").stat().st_size) for log in chosen]
+    lines = [_lines(log) for log in chosen]
     held = logs.metric_names(lines)
     shown = [metric for metric in metrics if metric in held] or held[:FIRST_METRICS]
     st.session_state["metric_choice"] = shown
@@ -125,10 +125,13 @@ def _curves(names: Sequence[str], metrics: Sequence[str]) -> None:
                 snippets.draw(snippets.note(f"{known_metric.meaning} ({known_metric.unit}{better})"))
 
 
+def _lines(log: Log) -> list[dict[str, Any]]:
+    return _lines_of_size(log, str(log.path), (log.path / "metrics.jsonl").stat().st_size)
+
+
 @st.cache_resource(show_spinner=False, max_entries=32)
-def _lines(path: str, size: int) -> list[dict[str, Any]]:
-    known = logs.find_logs(frame.root())
-    return next(log for log in known.values() if str(log.path) == path).lines()
+def _lines_of_size(_log: Log, path: str, size: int) -> list[dict[str, Any]]:
+    return _log.lines()  # read anew where path or size is another one; what has an underscore does not count
 
 
 def _called(log: Log) -> str:
@@ -201,7 +204,7 @@ def _all(known: Mapping[str, Log]) -> None:
 
 
 def _size(log: Log) -> tuple[str, str]:
-    lines = _lines(str(log.path), (log.path / "metrics.jsonl").stat().st_size)
+    lines = _lines(log)
     last = lines[-1] if lines else {}
     return tuple(count(last[name]) if isinstance(last.get(name), (int, float)) else "–" for name in logs.CLOCKS)  # type: ignore[return-value]
 
